@@ -1,0 +1,94 @@
+"""The choice: every kernel that could run a problem, those that cannot with their reasons, and the first that can.
+
+Backends are asked in falling order of their ``preference``, a backend's kernels in the order in which it lists them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mixers.backend import Backend, Config, Kernel, Support, installed
+from mixers.problem import Problem
+from mixers.spec import unknown
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a problem, or the reason why it is none; without a kernel it is the reference, or a whole backend.
+
+    Attributes:
+        backend: its name.
+        kernel: the kernel; None for the reference, and for a backend that is refused as a whole.
+        config: the kernel's default configuration.
+        support: yes, or no with a reason.
+    """
+
+    backend: str
+    kernel: Kernel | None
+    config: Config | None
+    support: Support
+
+    @property
+    def name(self) -> str:
+        """``backend`` or ``backend/kernel``."""
+        return f"{self.backend}/{self.kernel.name}" if self.kernel else self.backend
+
+
+def backend_names() -> tuple[str, ...]:
+    """What ``backend=`` accepts."""
+    return ("auto", REFERENCE, *sorted(installed()))
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that is not installed.
+
+    Raises:
+        ValueError: with the nearest name, or with what to install where there is none at all.
+    """
+    if name in ("auto", REFERENCE) or name in installed():
+        return
+    message = unknown("backend", name, backend_names())
+    if not installed():
+        message += "; no backend is installed: pip install -e ."
+    raise ValueError(message)
+
+
+def candidates(problem: Problem, backend: str) -> Iterator[Candidate]:
+    """Every way to run a problem under ``backend=``, best first."""
+    for found in sorted(installed().values(), key=lambda b: -b.preference):
+        if backend in ("auto", found.name):
+            yield from _of_backend(problem, found)
+    if backend in ("auto", REFERENCE):
+        yield Candidate(REFERENCE, None, None, Support.yes())
+
+
+def _of_backend(problem: Problem, backend: Backend) -> Iterator[Candidate]:
+    status = backend.status()
+    if not status:
+        yield Candidate(backend.name, None, None, status)
+        return
+    for kernel in backend.kernels():
+        if problem.spec.name not in kernel.mixers:
+            continue
+        support = kernel.supports(problem)
+        config = kernel.configs(problem)[0] if support else None
+        yield Candidate(backend.name, kernel, config, support)
+
+
+def choose(problem: Problem, backend: str) -> Candidate:
+    """The first candidate that can.
+
+    Raises:
+        ValueError: none can; the message lists every reason.
+    """
+    refused = []
+    for candidate in candidates(problem, backend):
+        if candidate.support:
+            return candidate
+        refused.append(f"{candidate.name}: {candidate.support.reason}")
+    reasons = "; ".join(refused) or f"it has no kernel for {problem.spec.name}"
+    raise ValueError(
+        f"backend={backend!r} cannot run {problem.spec.name} on {problem.library} arrays ({problem.device}): "
+        f"{reasons}. backend='auto' takes whatever can"
+    )

@@ -1,0 +1,32 @@
+"""CPU kernels compiled by Numba: explicit SIMD, parallel over batch and heads, forward and backward.
+
+Light to import: the kernels, and Numba with them, load when a plan is made.
+"""
+
+import importlib.util
+from importlib import import_module
+
+from mixers.backend import Kernel, Support
+
+_FAMILIES = ("delta", "delta_chunk", "lattice", "lattice_chunk", "ttt", "attention")
+
+
+class NumbaBackend:
+    """See ``mixers.backend.Backend``."""
+
+    name = "numba"
+    summary = "any CPU, NumPy and torch arrays"
+    preference = 10
+
+    def status(self) -> Support:
+        """Whether Numba can be imported."""
+        if importlib.util.find_spec("numba") is None:
+            return Support.no("numba is not installed: pip install numba")
+        return Support.yes()
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels, in order of preference; imports Numba."""
+        return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
+
+
+backend = NumbaBackend()

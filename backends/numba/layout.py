@@ -1,0 +1,81 @@
+"""Where things lie: scratch memory, padded rows, sequences inside a batch or a pack.
+
+Scratch is one-dimensional, aligned to a cache line, with rows padded to whole hardware vectors and zeros in the
+padding, so that an inner loop needs no tail. ``ld`` (leading dimension) is such a padded row length.
+"""
+
+import numpy as np
+
+from .compile import device
+from .simd import NARROW, lanes
+
+_LINE = 64
+
+
+@device
+def scratch(size, like):
+    """``size`` uninitialised elements of ``like``'s dtype, aligned to 64 bytes."""
+    spare = _LINE // like.itemsize
+    buffer = np.empty(size + spare, like.dtype)
+    skip = (_LINE - buffer.ctypes.data % _LINE) % _LINE // like.itemsize
+    return buffer[skip : skip + size]
+
+
+@device
+def zeroed(size, like):
+    """``scratch`` of zeros."""
+    buffer = scratch(size, like)
+    buffer[:] = 0
+    return buffer
+
+
+@device
+def padded(width, like):
+    """``width`` rounded up to whole hardware vectors of ``like``."""
+    step = lanes(like, NARROW)
+    return (width + step - 1) // step * step
+
+
+@device
+def span(sequence, tokens, offsets):
+    """``(row, first, last)``: where a sequence lies; ``offsets`` is empty for a batch."""
+    if offsets.shape[0] == 0:
+        return sequence, 0, tokens
+    return 0, offsets[sequence], offsets[sequence + 1]
+
+
+@device
+def kept_row(sequence, first, tokens, spacing, offsets):
+    """The first row of a sequence's kept states (see ``mixers.problem``)."""
+    if offsets.shape[0] == 0:
+        return sequence * (tokens // spacing + 2)
+    return first // spacing + sequence
+
+
+@device
+def checkpoint_row(sequence, tokens, every, offsets):
+    """The first row of a sequence's checkpoints, rows counted over the whole batch."""
+    if offsets.shape[0] == 0:
+        return sequence * (tokens // every)
+    row = 0
+    for before in range(sequence):
+        row += (offsets[before + 1] - offsets[before]) // every
+    return row
+
+
+@device
+def load_tile(source, tile, ld):
+    """Copy ``source [rows, columns]`` of any layout into ``tile`` with leading dimension ``ld``."""
+    rows, columns = source.shape
+    for i in range(rows):
+        for j in range(columns):
+            tile[i * ld + j] = source[i, j]
+
+
+@device
+def store_tile(tile, target, ld):
+    """Copy ``tile`` back into ``target [rows, columns]``."""
+    rows, columns = target.shape
+    for i in range(rows):
+        for j in range(columns):
+            target[i, j] = tile[i * ld + j]

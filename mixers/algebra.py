@@ -1,0 +1,57 @@
+"""The few matrix operations that every mixer's step is made of, over any array library.
+
+S [..., K, V]   state, row i is slot i      k, q [..., K]      u, v [..., V]
+"""
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_torch_array
+
+from mixers.spec import Array
+
+
+def read(xp: Any, state: Array, query: Array) -> Array:
+    """``Sᵀ q``: rows of the state weighted by the query, ``[..., V]``."""
+    return xp.matmul(query[..., None, :], state)[..., 0, :]
+
+
+def rows_dot(xp: Any, state: Array, value: Array) -> Array:
+    """``S u``: the dot product of every row with a value, ``[..., K]``."""
+    return xp.matmul(state, value[..., :, None])[..., 0]
+
+
+def outer(key: Array, value: Array) -> Array:
+    """``k uᵀ``, ``[..., K, V]``."""
+    return key[..., :, None] * value[..., None, :]
+
+
+@functools.lru_cache(maxsize=64)
+def directions(rows: int, columns: int) -> np.ndarray:
+    """The orthonormal DCT-IV matrix of size ``max(rows, columns)``, cut to ``[rows, columns]``; float64, read-only."""
+    size = max(rows, columns)
+    index = np.arange(size) + 0.5
+    matrix: np.ndarray = math.sqrt(2.0 / size) * np.cos(math.pi / size * np.outer(index, index))[:rows, :columns]
+    matrix.flags.writeable = False
+    return matrix
+
+
+@functools.lru_cache(maxsize=64)
+def unit_directions(rows: int, columns: int) -> np.ndarray:
+    """``directions`` with rows of norm 1; float64, read-only."""
+    matrix = directions(rows, columns)
+    unit: np.ndarray = matrix / np.linalg.norm(matrix, axis=-1, keepdims=True)
+    unit.flags.writeable = False
+    return unit
+
+
+def device_of(array: Array) -> dict[str, Any]:
+    """The keyword that creates an array beside ``array``; libraries with one device, or none to name, need none."""
+    return {"device": array.device} if is_torch_array(array) else {}
+
+
+def like(xp: Any, matrix: np.ndarray, array: Array) -> Array:
+    """A NumPy matrix as an array of another's library, dtype and device."""
+    return xp.asarray(np.array(matrix), dtype=array.dtype, **device_of(array))  # a copy: torch wants no read-only view

@@ -1,0 +1,175 @@
+"""NumPy arrays: no gradients of their own, so ``Mixer.vjp`` is explicit.
+
+This module is also how every kernel that takes NumPy arrays is called, whoever the arrays belong to: ``run_forward``
+and ``run_backward`` allocate what a kernel fills.
+"""
+
+import dataclasses
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from mixers import reference
+from mixers.call import Call
+from mixers.mixer import Mixer, Plan
+from mixers.packing import Pack, check_offsets
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array, MixerSpec, Sizes
+
+# str(dtype) takes several microseconds, as long as the rest of validation.
+_DTYPE_NAMES = {np.dtype(name): name for name in ("float64", "float32", "float16", "int64", "int32", "bool")}
+
+
+def dtype_name(array: Array) -> str:
+    """The name of an array's dtype."""
+    return _DTYPE_NAMES.get(array.dtype) or str(array.dtype)
+
+
+class NumPy:
+    """See ``mixers.arrays.Library``."""
+
+    name = "numpy"
+    namespace = xp
+
+    def dtype(self, array: Array) -> str:
+        """The name of an array's dtype."""
+        return dtype_name(array)
+
+    def device(self, array: Array) -> str:
+        """Always the CPU."""
+        return "cpu"
+
+    def same_device(self, a: Array, b: Array) -> bool:
+        """Always."""
+        return True
+
+    def expand(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """A read-only view with stride 0."""
+        return np.broadcast_to(array, shape)
+
+    def cast(self, array: Array, dtype: str) -> Array:
+        """The array itself where it has the dtype already."""
+        return array.astype(dtype, copy=False)
+
+    def scan(self, step: Any, state: tuple[Array, ...], tokens: dict[str, Array]) -> tuple[Array, tuple[Array, ...]]:
+        """A loop."""
+        outputs = []
+        for t in range(tokens["q"].shape[1]):
+            y, state = step({name: a[:, t] for name, a in tokens.items()}, state)
+            outputs.append(y)
+        return np.stack(outputs, axis=1), state
+
+    def bounds(self, offsets: Array) -> list[int]:
+        """Python numbers."""
+        return [int(n) for n in offsets]
+
+    def offsets(self, given: Any, like: Array) -> tuple[Pack | None, Array, int]:
+        """A pack or an array of whole numbers."""
+        if isinstance(given, Pack):
+            return given, given.offsets, len(given)
+        array = np.asarray(given)
+        if array.ndim != 1 or array.size < 2 or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"cu_seqlens has shape {array.shape} and dtype {array.dtype}; expected whole numbers [N+1], "
+                "or mixers.pack(lengths)"
+            )
+        array = array.astype(np.int64, copy=False)
+        longest = int(np.max(np.diff(array)))
+        return Pack(array, None, longest), array, array.size - 1
+
+    def from_numpy(self, values: np.ndarray, dtype: str, like: Array) -> Array:
+        """The array in another dtype."""
+        if dtype == "bfloat16":
+            raise ValueError("NumPy has no bfloat16; take state_dtype='float16' or float32")
+        return values.astype(dtype, copy=False)
+
+    def scatter(self, pools: tuple[Array, ...], state: tuple[Array, ...], where: Array, target: Array) -> None:
+        """Write states into their slots."""
+        for pool, values in zip(pools, state, strict=True):
+            pool[target[where]] = values[where]
+
+    def warmup(self, mixer: Mixer, call: Call, grad: bool) -> None:
+        """Run once, on zeros where gradients are concerned."""
+        if not grad:
+            self.run(mixer, call)
+            return
+        call = dataclasses.replace(call, flags=dataclasses.replace(call.flags, grad=True))
+        out, back = self.vjp(mixer, call)
+        back({"y": np.zeros_like(out["y"])})
+
+    def prepare(self, mixer: Mixer) -> None:
+        """Nothing to define."""
+
+    def run(self, mixer: Mixer, call: Call) -> Arrays:
+        """Forward."""
+        problem, x = prepare(call)
+        plan = mixer.plan(problem)
+        if plan.kernel is None:
+            return reference.forward(self, call.spec, call.options, call.sizes, call.flags, x)
+        return run_forward(plan, problem, x)
+
+    def vjp(self, mixer: Mixer, call: Call) -> tuple[Arrays, Any]:
+        """Forward, and a function from output gradients (by name) to input gradients (by name)."""
+        problem, x = prepare(call)
+        plan = mixer.plan(problem)
+        if plan.kernel is None:
+            raise ValueError(
+                f"{call.spec.name}: backend='reference' has no gradients for NumPy arrays; pass torch or JAX arrays, "
+                "or take a backend with kernels"
+            )
+        out = run_forward(plan, problem, x)
+        return out, lambda dout: run_backward(plan, problem, x, out, dout)
+
+
+def prepare(call: Call) -> tuple[Problem, Arrays]:
+    """The problem of a call on host arrays, and its arrays with every default filled in; offsets are checked."""
+    x = dict(call.x)
+    if x["offsets"] is not None:
+        check_offsets(x["offsets"], call.sizes.T)
+    compute = "float64" if dtype_name(x["q"]) == "float64" else "float32"
+    fill_first_state(call.spec, call.options, call.sizes, x, compute)
+    return call.problem(), x
+
+
+def fill_first_state(spec: MixerSpec, options: Any, sizes: Sizes, x: Arrays, dtype: str) -> None:
+    """Name the spec's first state wherever the caller gave none."""
+    fields = spec.state(options).fields
+    if f"initial.{fields[0].name}" in x:
+        return
+    for f, first in zip(fields, spec.first(sizes, options), strict=True):
+        array = first.astype(np.int32 if f.counter else dtype)
+        x[f"initial.{f.name}"] = np.broadcast_to(array, (sizes.N, *array.shape))
+
+
+def _working(array: Array | None, dtype: str) -> Array | None:
+    """Floating arrays in the working dtype; counters and offsets as they are."""
+    if array is None or array.dtype.kind != "f":
+        return array
+    return array.astype(dtype, copy=False)
+
+
+def run_forward(plan: Plan, problem: Problem, x: Arrays) -> Arrays:
+    """Allocate, call the kernel, and round what is stored in another dtype than it was computed in."""
+    compute = problem.compute_dtype
+    shapes = problem.outputs()
+    out: Arrays = {n: np.empty(s, "int32" if d == "int32" else compute) for n, (s, d) in shapes.items()}
+    plan.forward(problem, {name: _working(a, compute) for name, a in x.items()}, out)
+    return out | {n: out[n].astype(d) for n, (_, d) in shapes.items() if d not in ("int32", compute, "bfloat16")}
+
+
+def run_backward(plan: Plan, problem: Problem, x: Arrays, out: Arrays, dout: Arrays) -> Arrays:
+    """Gradients of every floating array in ``x``, in the working dtype."""
+    compute = problem.compute_dtype
+    dx: Arrays = {n: np.empty(a.shape, compute) for n, a in x.items() if a is not None and a.dtype.kind == "f"}
+    plan.backward(
+        problem,
+        {name: _working(a, compute) for name, a in x.items()},
+        {name: _working(a, compute) for name, a in out.items()},
+        {name: _working(a, compute) for name, a in dout.items()},
+        dx,
+    )
+    return dx
+
+
+library = NumPy()

@@ -1,0 +1,436 @@
+"""torch tensors: one pair of ``torch.library`` operators per mixer, so that ``torch.compile`` sees a single node.
+
+The operator's schema comes from the spec: its inputs, parameters and first state as optional tensors, the offsets of a
+pack, and one string that names the mixer and its flags. What is traced is shape checks and the operator; the problem,
+the choice of a kernel and everything that depends on a length live inside it, at run time.
+
+The reference takes another way: plain torch operations, differentiable any number of times.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+
+from mixers import reference
+from mixers.arrays.numpy import fill_first_state as fill_host
+from mixers.arrays.numpy import run_backward, run_forward
+from mixers.call import Call
+from mixers.mixer import Mixer, from_key
+from mixers.packing import Pack, check_offsets
+from mixers.problem import Arrays, Flags, Problem, outputs
+from mixers.result import Result
+from mixers.spec import Array, MixerSpec, Sizes
+
+_NO_SECOND = (
+    "{name}: its kernels have a first derivative only; take backend='reference' where gradients of gradients are needed"
+)
+_NO_FUNC = (
+    "{name}: torch.func cannot differentiate its kernels; take backend='reference', or torch.autograd.grad, which can"
+)
+
+
+class Torch:
+    """See ``mixers.arrays.Library``."""
+
+    name = "torch"
+    namespace = xp
+
+    def dtype(self, array: Array) -> str:
+        """The name of an array's dtype."""
+        return _DTYPE_NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
+
+    def device(self, array: Array) -> str:
+        """The type of a tensor's device."""
+        kind: str = array.device.type
+        return kind
+
+    def same_device(self, a: Array, b: Array) -> bool:
+        """Type and index."""
+        return bool(a.device == b.device)
+
+    def expand(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """A view with stride 0; its gradient is summed."""
+        return array.expand(shape)
+
+    def cast(self, array: Array, dtype: str) -> Array:
+        """The tensor itself where it has the dtype already."""
+        return array.to(getattr(torch, dtype))
+
+    def scan(self, step: Any, state: tuple[Array, ...], tokens: dict[str, Array]) -> tuple[Array, tuple[Array, ...]]:
+        """A loop."""
+        names, rows = list(tokens), zip(*(a.unbind(1) for a in tokens.values()), strict=True)
+        outputs = []
+        for row in rows:
+            y, state = step(dict(zip(names, row, strict=True)), state)
+            outputs.append(y)
+        return torch.stack(outputs, dim=1), state
+
+    def bounds(self, offsets: Array) -> list[int]:
+        """Python numbers: on a GPU this waits for the device."""
+        numbers: list[int] = offsets.tolist()
+        return numbers
+
+    def offsets(self, given: Any, like: Array) -> tuple[Pack | None, Array, int]:
+        """A pack, a tensor, or whole numbers on the host."""
+        if isinstance(given, Pack):
+            tensor = torch.from_numpy(given.offsets) if given.tensor is None else given.tensor
+            if tensor.device != like.device:
+                raise TypeError(
+                    f"the pack is on {tensor.device} and q on {like.device}; make it with pack(…, device=q.device)"
+                )
+            return given, tensor, len(given)
+        tensor = given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device=like.device)
+        if tensor.ndim != 1 or tensor.shape[0] < 2 or tensor.is_floating_point() or tensor.is_complex():
+            raise ValueError(
+                f"cu_seqlens has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected whole numbers [N+1], "
+                "or mixers.pack(lengths)"
+            )
+        if tensor.device != like.device:
+            raise TypeError(f"cu_seqlens is on {tensor.device} and q on {like.device}; move them together")
+        return None, tensor.to(torch.int64), tensor.shape[0] - 1
+
+    def from_numpy(self, values: np.ndarray, dtype: str, like: Array) -> Array:
+        """A tensor beside ``like``."""
+        return torch.from_numpy(np.ascontiguousarray(values)).to(dtype=getattr(torch, dtype), device=like.device)
+
+    def scatter(self, pools: tuple[Array, ...], state: tuple[Array, ...], where: Array, target: Array) -> None:
+        """Write states into their slots."""
+        for pool, values in zip(pools, state, strict=True):
+            pool[target[where].long()] = values[where].to(pool.dtype)
+
+    def warmup(self, mixer: Mixer, call: Call, grad: bool) -> None:
+        """Run once on detached inputs, backward too with ``grad``."""
+        x = {name: None if a is None else a.detach() for name, a in call.x.items()}
+        if grad:
+            x = {n: a.requires_grad_() if a is not None and a.is_floating_point() else a for n, a in x.items()}
+        out = self.run(mixer, dataclasses.replace(call, x=x))
+        if grad:
+            out["y"].sum().backward()
+
+    def prepare(self, mixer: Mixer) -> None:
+        """Define the mixer's operators."""
+        define_operators(mixer.spec, mixer.options)
+
+    def run(self, mixer: Mixer, call: Call) -> Arrays:
+        """The reference in plain torch, or the mixer's operator."""
+        if runs_on_reference(mixer, call):
+            return _run_reference(self, call)
+        tensors = _tensors(call.spec, call.options, call.x)
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if grad and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(_NO_FUNC.format(name=call.spec.name))
+        flags = call.flags
+        key = f"{int(grad)}|{int(flags.state)}|{flags.checkpoint_every}|{mixer.key}"
+        results = _operators[operator_name(call.spec, call.options)](*tensors, key)
+        return dict(zip(_result_names(call.spec, call.options), results, strict=True))
+
+
+_DTYPE_NAMES = {getattr(torch, name): name for name in ("float64", "float32", "bfloat16", "float16", "int32", "int64")}
+
+
+def runs_on_reference(mixer: Mixer, call: Call) -> bool:
+    """Whether no kernel serves tensors like these; decided from widths, dtype and device alone."""
+    if mixer.backend != "auto":
+        return mixer.backend == "reference"
+    q, v, s = call.x["q"], call.x["v"], call.sizes
+    return not _has_kernel(mixer.key, str(q.dtype), q.device.type, s.K, v.shape[-1], call.flags.checkpoint_every)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernel(key: str, dtype: str, device: str, key_dim: int, value_dim: int, checkpoint_every: int) -> bool:
+    return _find_kernel(key, dtype, device, key_dim, value_dim, checkpoint_every)
+
+
+@functools.lru_cache(maxsize=4096)
+def _find_kernel(key: str, dtype: str, device: str, key_dim: int, value_dim: int, checkpoint_every: int) -> bool:
+    """Ask the backends about a small call of these widths."""
+    mixer = from_key(key)
+    spec, options = mixer.spec, mixer.options
+    problem = Problem.of(
+        spec,
+        options,
+        Sizes(B=1, T=2, G=1, H=1, K=key_dim, V=value_dim, N=1, C=options.get("chunk_size", 1)),
+        Flags(checkpoint_every=checkpoint_every),
+        layouts=tuple((a.name, " ".join(a.layouts[0])) for a in (*spec.inputs[3:], *spec.parameters)),
+        dtype=dtype.removeprefix("torch."),
+        library="torch",
+        device=device,
+    )
+    return mixer.plan(problem).kernel is not None
+
+
+def _run_reference(library: Torch, call: Call) -> Arrays:
+    x = dict(call.x)
+    if x["offsets"] is not None and x["offsets"].device.type == "cpu":
+        check_offsets(x["offsets"].numpy(), call.sizes.T)
+    fill_first_state(call.spec, call.options, call.sizes, x)
+    return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x)
+
+
+def fill_first_state(spec: MixerSpec, options: Any, sizes: Sizes, x: Arrays) -> None:
+    """Name the spec's first state wherever the caller gave none."""
+    fields = spec.state(options).fields
+    if x.get(f"initial.{fields[0].name}") is not None:
+        return
+    q = x["q"]
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for f, first in zip(fields, spec.first(sizes, options), strict=True):
+        tensor = torch.as_tensor(np.array(first), dtype=torch.int32 if f.counter else compute, device=q.device)
+        x[f"initial.{f.name}"] = tensor.expand(sizes.N, *tensor.shape)
+
+
+# The operators. Their arguments, in order: inputs, parameters, first state, offsets, key.
+
+
+def _argument_names(spec: MixerSpec, options: Any) -> list[str]:
+    fields = spec.state(options).fields
+    return [*(a.name for a in (*spec.inputs, *spec.parameters)), *(f"initial.{f.name}" for f in fields), "offsets"]
+
+
+def _result_names(spec: MixerSpec, options: Any) -> list[str]:
+    fields = spec.state(options).fields
+    kept = (f"kept.{f.name}" for f in spec.kept(options))
+    return ["y", *(f"final.{f.name}" for f in fields), *(f"checkpoint.{f.name}" for f in fields), *kept]
+
+
+def _gradient_names(spec: MixerSpec, options: Any) -> list[str]:
+    """Inputs that have a gradient."""
+    counters = {f"initial.{f.name}" for f in spec.state(options).fields if f.counter}
+    return [name for name in _argument_names(spec, options)[:-1] if name not in counters]
+
+
+def _tensors(spec: MixerSpec, options: Any, x: Arrays) -> list[Array]:
+    return [x.get(name) for name in _argument_names(spec, options)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode_key(key: str) -> tuple[Mixer, Flags]:
+    grad, state, every, mixer_key = key.split("|", 3)
+    mixer = from_key(mixer_key)
+    return mixer, Flags(grad == "1", state == "1", int(every), mixer.state_dtype)
+
+
+def _sizes(spec: MixerSpec, options: Any, x: Arrays) -> Sizes:
+    """Sizes of validated tensors; they may be symbolic."""
+    bound: dict[str, Any] = {}
+    for arg in spec.inputs:
+        tensor = x[arg.name]
+        if tensor is not None:
+            layout = next(layout for layout in arg.layouts if len(layout) == tensor.ndim)
+            bound.update(zip(layout, tensor.shape, strict=True))
+    for f in spec.state(options).fields:
+        tensor = x[f"initial.{f.name}"]
+        if tensor is not None and "M" in f.axes.split():
+            bound["M"] = tensor.shape[f.axes.split().index("M")]
+    offsets = x["offsets"]
+    return Sizes(
+        B=bound["B"],
+        T=bound["T"],
+        G=bound["G"] if "G" in bound else bound["H"],
+        H=bound["H"] if "H" in bound else bound["G"],
+        K=bound["K"],
+        V=bound.get("V", bound["K"]),
+        N=bound["B"] if offsets is None else offsets.shape[0] - 1,
+        C=options.get("chunk_size", 1),
+        M=bound.get("M", 0),
+    )
+
+
+def _names(spec: MixerSpec, options: Any, arguments: Sequence[Any]) -> Arrays:
+    return dict(zip(_argument_names(spec, options), arguments, strict=True))
+
+
+def _parts(arguments: Sequence[Any]) -> tuple[Mixer, Flags, Arrays, Sizes]:
+    """What an operator's arguments mean."""
+    *tensors, key = arguments
+    mixer, flags = _decode_key(key)
+    x = _names(mixer.spec, mixer.options, tensors)
+    return mixer, flags, x, _sizes(mixer.spec, mixer.options, x)
+
+
+def _forward(*arguments: Any) -> tuple[Array, ...]:
+    """Run a kernel: what the forward operator does on real tensors."""
+    mixer, flags, x, sizes = _parts(arguments)
+    spec, options = mixer.spec, mixer.options
+    problem, plan, host = _hand_over(mixer, flags, x, sizes)
+    out = run_forward(plan, problem, host)
+    shapes = problem.outputs()
+    dtype = x["q"].dtype
+    results = []
+    for name in _result_names(spec, options):
+        if name not in shapes:
+            results.append(torch.empty(0))
+            continue
+        tensor = torch.from_numpy(out[name])
+        results.append(tensor.to(dtype) if shapes[name][1] == "bfloat16" else tensor)
+    return tuple(results)
+
+
+def _hand_over(mixer: Mixer, flags: Flags, x: Arrays, sizes: Sizes) -> tuple[Any, Any, Arrays]:
+    """The problem, its plan, and the tensors as NumPy arrays in the working dtype; no copy where none is needed."""
+    spec, options = mixer.spec, mixer.options
+    x = dict(x)
+    if x["offsets"] is not None:
+        check_offsets(x["offsets"].numpy(), sizes.T)
+    problem = Call(spec, options, library, x, sizes, flags).problem()
+    plan = mixer.plan(problem)
+    working = getattr(torch, problem.compute_dtype)
+    host = {
+        name: None if t is None else (t.to(working) if t.is_floating_point() else t).detach().numpy()
+        for name, t in x.items()
+    }
+    host = {name: a for name, a in host.items() if a is not None or not name.startswith("initial.")}
+    fill_host(spec, options, sizes, host, problem.compute_dtype)
+    return problem, plan, host
+
+
+def _as_host(tensor: Array, working: torch.dtype) -> np.ndarray:
+    """A tensor as a NumPy array, in the working dtype unless it counts something."""
+    array: np.ndarray = (tensor.to(working) if tensor.is_floating_point() else tensor).detach().numpy()
+    return array
+
+
+def _fake(*arguments: Any) -> tuple[Array, ...]:
+    """Shapes of the forward operator's results."""
+    mixer, flags, x, sizes = _parts(arguments)
+    spec, options, q = mixer.spec, mixer.options, x["q"]
+    shapes = outputs(spec, options, sizes, flags, _DTYPE_NAMES[q.dtype])
+    results = []
+    for name in _result_names(spec, options):
+        shape, dtype = shapes.get(name, ((0,), "float32"))
+        results.append(q.new_empty(shape, dtype=getattr(torch, dtype)))
+    return tuple(results)
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Array]) -> None:
+    """Keep the inputs, what the forward kept, and the output where the backward reads it."""
+    *tensors, key = inputs
+    mixer, _ = _decode_key(key)
+    names = _result_names(mixer.spec, mixer.options)
+    kept = [t for name, t in zip(names, output, strict=True) if name.startswith("kept.")]
+    ctx.key = key
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *kept, output[0] if mixer.spec.keeps_output else None)
+
+
+def _autograd(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+    """Call the backward operator with what was kept and the gradients that arrived."""
+    mixer, _ = _decode_key(ctx.key)
+    spec, options = mixer.spec, mixer.options
+    names = _result_names(spec, options)
+    wanted = [g for name, g in zip(names, gradients, strict=True) if not name.startswith("kept.")]
+    results = _operators[operator_name(spec, options) + "_backward"](*ctx.saved_tensors, *wanted, ctx.key)
+    by_name = dict(zip(_gradient_names(spec, options), results, strict=True))
+    arguments = _argument_names(spec, options)
+    needed = ctx.needs_input_grad
+    return (*(by_name.get(name) if needed[i] else None for i, name in enumerate(arguments)), None)
+
+
+def _backward_parts(arguments: Sequence[Any]) -> tuple[Mixer, Flags, Arrays, Arrays, Arrays, Sizes]:
+    *tensors, key = arguments
+    mixer, flags = _decode_key(key)
+    spec, options = mixer.spec, mixer.options
+    take = iter(tensors)
+    x = {name: next(take) for name in _argument_names(spec, options)}
+    results = _result_names(spec, options)
+    out = {name: next(take) for name in (*(n for n in results if n.startswith("kept.")), "y")}
+    dout = {name: next(take) for name in results if not name.startswith("kept.")}
+    return mixer, flags, x, out, dout, _sizes(spec, options, x)
+
+
+def _backward(*arguments: Any) -> tuple[Array, ...]:
+    """Run a kernel's backward: what the backward operator does on real tensors."""
+    mixer, flags, x, out, dout, sizes = _backward_parts(arguments)
+    problem, plan, host = _hand_over(mixer, flags, x, sizes)
+    working = getattr(torch, problem.compute_dtype)
+    asked = problem.outputs()
+    dx = run_backward(
+        plan,
+        problem,
+        host,
+        {name: None if t is None else _as_host(t, working) for name, t in out.items()},
+        # What was not asked for is empty, and so is the gradient that tracing makes up for it.
+        {name: _as_host(t, working) if t is not None and name in asked else None for name, t in dout.items()},
+    )
+    results = []
+    for name in _gradient_names(mixer.spec, mixer.options):
+        if x[name] is None:
+            results.append(torch.empty(0))
+        else:
+            results.append(torch.from_numpy(dx[name]).to(x[name].dtype))
+    return tuple(results)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Array, ...]:
+    """Shapes of the backward operator's results: those of the inputs."""
+    mixer, _, x, _, _, _ = _backward_parts(arguments)
+    names = _gradient_names(mixer.spec, mixer.options)
+    return tuple(
+        x["q"].new_empty(0) if x[n] is None else torch.empty_like(x[n], memory_format=torch.contiguous_format)
+        for n in names
+    )
+
+
+# A state's fields depend on options (Lattice's chunks carry more than its exact form), so each layout of a state has an
+# operator of its own. They are defined when a mixer is made: never while something is traced.
+_operators: dict[str, Any] = {}
+
+
+def operator_name(spec: MixerSpec, options: Any) -> str:
+    """The name of a mixer's forward operator, in the namespace ``mixers``."""
+    return f"{spec.name}_{len(spec.state(options).fields)}"
+
+
+def define_operators(spec: MixerSpec, options: Any) -> None:
+    """Define a mixer's forward and backward operators, once."""
+    name = operator_name(spec, options)
+    if name in _operators:
+        return
+    inputs, results = _schema(spec, options), _result_names(spec, options)
+    forward = _define(name, _forward, inputs, len(results), _fake)
+    forward.register_autograd(_autograd, setup_context=_save)
+
+    kept = [n for n in results if n.startswith("kept.")]
+    extra = [*kept, "y", *("d" + n for n in results if not n.startswith("kept."))]
+    inputs += "".join(f", Tensor? {_identifier(n)}" for n in extra)
+    backward = _define(f"{name}_backward", _backward, inputs, len(_gradient_names(spec, options)), _backward_fake)
+    backward.register_autograd(functools.partial(_refuse_second, spec.name))
+
+
+def _define(name: str, function: Any, inputs: str, results: int, fake: Any) -> Any:
+    schema = f"({inputs}, str key) -> ({', '.join(['Tensor'] * results)})"
+    op = torch.library.custom_op(f"mixers::{name}", function, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    _operators[name] = op._opoverload
+    return op
+
+
+def _refuse_second(name: str, ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(_NO_SECOND.format(name=name))
+
+
+def _schema(spec: MixerSpec, options: Any) -> str:
+    return ", ".join(
+        f"Tensor{'' if name in ('q', 'k', 'v') else '?'} {_identifier(name)}" for name in _argument_names(spec, options)
+    )
+
+
+def _identifier(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _flatten(result: Result) -> tuple[list[Any], None]:
+    return [result[0], result[1], result.checkpoints], None
+
+
+torch.utils._pytree.register_pytree_node(
+    Result, _flatten, lambda parts, _: Result(*parts), serialized_type_name="mixers.Result"
+)
+
+library = Torch()

@@ -1,0 +1,233 @@
+"""From what a caller passed to a validated call: the one place where bad input is refused.
+
+Every message names what was got, what was expected and what to do. Nothing here reads an array's contents, so the same
+lines run under ``torch.compile`` and ``jax.jit``; the contents of offsets are checked where they are on the host.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mixers.arrays import Library, library_of
+from mixers.packing import Pack
+from mixers.problem import Arrays, Flags, Problem
+from mixers.spec import Arg, Array, Field, MixerSpec, Options, Sizes, unknown
+
+FLOATING = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A validated call: arrays by name (``initial.*`` absent for the default first state), and their sizes."""
+
+    spec: MixerSpec
+    options: dict[str, Any]
+    library: Library
+    x: Arrays
+    sizes: Sizes
+    flags: Flags
+    pack: Pack | None = None
+
+    def problem(self) -> Problem:
+        """The call without its arrays."""
+        q, given = self.x["q"], (*self.spec.inputs[3:], *self.spec.parameters)
+        return Problem.of(
+            self.spec,
+            self.options,
+            self.sizes,
+            self.flags,
+            layouts=tuple((a.name, _layout(a, self.x[a.name])) for a in given if self.x.get(a.name) is not None),
+            dtype=self.library.dtype(q),
+            library=self.library.name,
+            device=self.library.device(q),
+            packed=self.x.get("offsets") is not None,
+        )
+
+
+def _layout(arg: Arg, array: Array) -> str:
+    return next(" ".join(layout) for layout in arg.layouts if len(layout) == array.ndim)
+
+
+def validate(
+    spec: MixerSpec,
+    options: dict[str, Any],
+    inputs: Arrays,
+    initial_state: Any,
+    cu_seqlens: Any,
+    flags: Flags,
+    token: bool = False,
+) -> Call:
+    """Check a call and name its arrays.
+
+    Args:
+        spec: the mixer.
+        options: its options, resolved.
+        inputs: ``q``, ``k``, ``v`` and everything passed by keyword.
+        initial_state: as the caller passed it, or None.
+        cu_seqlens: offsets, a ``Pack``, or None.
+        flags: what else was asked for.
+        token: inputs are one token, without the axis ``T``.
+
+    Raises:
+        TypeError: an argument is unknown, no array, or of another library, dtype or device.
+        ValueError: an argument is missing or has the wrong shape.
+    """
+    library = library_of(inputs["q"], "q")
+    x: Arrays = {}
+    bound: dict[str, int] = {}
+    for arg in (*spec.inputs, *spec.parameters):
+        array = inputs.pop(arg.name, None)
+        if array is None:
+            if not arg.optional:
+                raise ValueError(f"{spec.name}: {arg.name} is missing; it takes {_names(spec)}")
+            continue
+        _check_array(spec, library, arg.name, array, inputs_q=x.get("q", array), strict=arg.name in ("q", "k", "v"))
+        _bind(spec, options, arg, array, bound, token)
+        x[arg.name] = array
+    for name, array in inputs.items():
+        if array is not None:
+            raise TypeError(f"{spec.name}: {unknown('argument', name, spec.gates)}")
+    _check_heads(spec, bound)
+    if token:
+        x = {a.name: x[a.name][:, None] for a in spec.inputs if a.name in x} | {
+            a.name: x[a.name] for a in spec.parameters if a.name in x
+        }
+    host, x["offsets"], sequences = _offsets(spec, library, cu_seqlens, bound, x["q"])
+    sizes = Sizes(
+        B=bound["B"],
+        T=1 if token else bound["T"],
+        G=bound["G"],
+        H=bound["H"],
+        K=bound["K"],
+        V=bound.get("V", bound["K"]),
+        N=sequences,
+        C=options.get("chunk_size", 1),
+    )
+    if initial_state is not None:
+        sizes = _adopt(spec, options, library, initial_state, sizes, x)
+    return Call(spec, options, library, x, sizes, flags, host)
+
+
+def _names(spec: MixerSpec) -> str:
+    return ", ".join(a.name + (" (optional)" if a.optional else "") for a in (*spec.inputs, *spec.parameters))
+
+
+def _check_array(spec: MixerSpec, library: Library, name: str, array: Array, inputs_q: Array, strict: bool) -> None:
+    """Library, kind of dtype, device; ``q``, ``k`` and ``v`` also share one dtype."""
+    other = library_of(array, name)
+    if other is not library:
+        raise TypeError(
+            f"{spec.name}: {name} is a {other.name} array and q a {library.name} array; convert them to one library"
+        )
+    dtype, wanted = library.dtype(array), library.dtype(inputs_q)
+    if dtype not in FLOATING:
+        raise TypeError(f"{spec.name}: {name} has dtype {dtype}; expected one of {', '.join(FLOATING)}")
+    if strict and dtype != wanted:
+        raise TypeError(f"{spec.name}: {name} has dtype {dtype} and q {wanted}; q, k and v share one dtype")
+    if not library.same_device(array, inputs_q):
+        raise TypeError(f"{spec.name}: {name} is on {array.device} and q on {inputs_q.device}; move them together")
+
+
+def _bind(spec: MixerSpec, options: Options, arg: Arg, array: Array, bound: dict[str, int], token: bool) -> None:
+    """Match an array's shape with its axes, given the axes that are known."""
+    shape = array.shape
+    for layout in arg.layouts:
+        axes = tuple(axis for axis in layout if axis != "T") if token else layout
+        if len(axes) != len(shape):
+            continue
+        for axis, size in zip(axes, shape, strict=True):
+            known = options["chunk_size"] if axis == "C" else bound.get(axis)
+            if known is None:
+                bound[axis] = size
+            elif known != size:
+                raise ValueError(_wrong_shape(spec, arg, shape, bound, token))
+        return
+    raise ValueError(_wrong_shape(spec, arg, shape, bound, token))
+
+
+def _wrong_shape(spec: MixerSpec, arg: Arg, shape: Any, bound: dict[str, int], token: bool) -> str:
+    layouts = [tuple(a for a in layout if a != "T") if token else layout for layout in arg.layouts]
+    wanted = " or ".join(f"[{','.join(axes)}] = ({', '.join(str(bound.get(a, a)) for a in axes)})" for axes in layouts)
+    got = tuple(int(n) for n in shape)
+    swapped = len(got) > 2 and (got[0], got[2], got[1], *got[3:])
+    fits = swapped and any(
+        len(axes) == len(swapped) and all(bound.get(a, n) == n for a, n in zip(axes, swapped, strict=True))
+        for axes in layouts
+    )
+    hint = "; it looks head-first: swap axes 1 and 2" if fits and not token else ""
+    return f"{spec.name}: {arg.name} has shape {got}, expected {wanted}{hint}"
+
+
+def _check_heads(spec: MixerSpec, bound: dict[str, int]) -> None:
+    groups, heads = bound.setdefault("G", bound.get("H", 0)), bound.setdefault("H", bound.get("G", 0))
+    if heads != groups and (groups == 0 or heads % groups):
+        few, many = ("k, v", "q") if spec.reserve is not None else ("q, k", "v")
+        raise ValueError(
+            f"{spec.name}: {few} have {groups} heads and {many} has {heads}; expected a whole multiple "
+            f"(each head of {few} serves H/G heads of {many}), never the other way round"
+        )
+
+
+def _offsets(
+    spec: MixerSpec, library: Library, given: Any, bound: dict[str, int], q: Array
+) -> tuple[Pack | None, Array | None, int]:
+    """The pack if it is known on the host, its offsets as an array, and the number of sequences."""
+    if given is None:
+        return None, None, bound["B"]
+    if bound["B"] != 1:
+        raise ValueError(
+            f"{spec.name}: cu_seqlens packs its sequences into one row, but the batch is {bound['B']}; "
+            "pass either a batch of 1 or no cu_seqlens"
+        )
+    host, offsets, sequences = library.offsets(given, q)
+    return host, offsets, sequences
+
+
+def _adopt(spec: MixerSpec, options: Options, library: Library, given: Any, sizes: Sizes, x: Arrays) -> Sizes:
+    """Check a first state and name its arrays; one without a batch axis is spread over all sequences."""
+    fields = spec.state(options).fields
+    if spec.adopt is None:
+        state = tuple(given) if isinstance(given, (tuple, list)) and len(fields) > 1 else (given,)
+    else:
+        state = spec.adopt(library.namespace, given, sizes, options)
+    if len(state) != len(fields):
+        names = ", ".join(f.name for f in fields)
+        raise ValueError(f"{spec.name}: the state has {len(state)} arrays, expected {len(fields)} ({names})")
+    for f, array in zip(fields, state, strict=True):
+        if "M" in f.axes.split():
+            sizes = _with_cache(sizes, f, array)
+        x[f"initial.{f.name}"] = _check_state(spec, library, f.name, f.axes, f.counter, array, sizes, x["q"])
+    return sizes
+
+
+def _with_cache(sizes: Sizes, field: Field, array: Array) -> Sizes:
+    """The sizes with the length of a given cache."""
+    at = field.axes.split().index("M") - len(field.axes.split())
+    return dataclasses.replace(sizes, M=array.shape[at]) if len(array.shape) >= -at else sizes
+
+
+def _check_state(
+    spec: MixerSpec, library: Library, name: str, axes: str, counter: bool, array: Array, sizes: Sizes, q: Array
+) -> Array:
+    other = library_of(array, f"initial_state.{name}")
+    if other is not library:
+        raise TypeError(
+            f"{spec.name}: the state's {name} is a {other.name} array and q a {library.name} array; "
+            "convert them to one library"
+        )
+    dtype = library.dtype(array)
+    if dtype not in (("int32",) if counter else FLOATING):
+        wanted = "int32" if counter else f"one of {', '.join(FLOATING)}"
+        raise TypeError(f"{spec.name}: the state's {name} has dtype {dtype}; expected {wanted}")
+    if not library.same_device(array, q):
+        raise TypeError(f"{spec.name}: the state's {name} is on {array.device} and q on {q.device}; move them together")
+    expected = sizes.shape(axes)
+    shape = tuple(array.shape)
+    if shape == expected:
+        return array
+    if shape == expected[1:]:
+        return library.expand(array, expected)
+    raise ValueError(
+        f"{spec.name}: the state's {name} has shape {shape}, expected [{axes.replace(' ', ',')}] = {expected}, "
+        f"or {expected[1:]} to serve every sequence"
+    )

@@ -1,0 +1,81 @@
+"""Serving: a few tokens for sequences whose states live in a pool, written in place.
+
+    gather pool[slots]  →  run  →  scatter to pool[out_slots]
+
+Slot −1 is padding. Sequences that start afresh take the mixer's first state instead of their slot's.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mixers.algebra import device_of
+from mixers.arrays import library_of
+from mixers.spec import Array
+
+if TYPE_CHECKING:
+    from mixers.mixer import Mixer
+
+MOST_TOKENS = 16
+
+
+def decode(
+    mixer: "Mixer",
+    q: Array,
+    k: Array,
+    v: Array,
+    gates: dict[str, Any],
+    pool: Any,
+    slots: Array,
+    out_slots: Array | None,
+    fresh: Array | None,
+) -> Array:
+    """See ``Mixer.decode``."""
+    spec = mixer.spec
+    if spec.reserve is not None:
+        raise ValueError(f"{spec.name}: its state grows with every token, so no pool of fixed slots can hold it")
+    library = library_of(q, "q")
+    if library.name == "jax":
+        raise TypeError("decode writes its pool in place, which JAX arrays cannot; call the mixer on gathered states")
+    xp = library.namespace
+    fields = spec.state(mixer.options).fields
+    pools = tuple(pool) if len(fields) > 1 else (pool,)
+    if len(pools) != len(fields):
+        raise ValueError(f"{spec.name}: the pool has {len(pools)} arrays, expected {[f.name for f in fields]}")
+    if q.ndim != 4 or q.shape[1] > MOST_TOKENS:
+        raise ValueError(f"{spec.name}: decode takes q [B,T,G,K] with T ≤ {MOST_TOKENS}, got {tuple(q.shape)}")
+    batch, room = q.shape[0], pools[0].shape[0]
+    target = slots if out_slots is None else out_slots
+    for name, given in (("slots", slots), ("out_slots", target)):
+        _check_slots(spec.name, library, name, given, batch, room)
+
+    real = slots >= 0
+    source = xp.where(real, slots, xp.zeros_like(slots))
+    state = tuple(xp.take(p, source, axis=0) for p in pools)
+    if fresh is not None:
+        first = mixer.init_state(batch, v.shape[2], q.shape[3], v.shape[3], key_heads=q.shape[2], like=q)
+        first = first if isinstance(first, tuple) else (first,)
+        state = tuple(
+            xp.where(_column(xp, fresh, s), xp.astype(f, s.dtype), s) for f, s in zip(first, state, strict=True)
+        )
+    y, state = mixer(q, k, v, initial_state=state if len(fields) > 1 else state[0], **gates)
+    state = state if isinstance(state, tuple) else (state,)
+    library.scatter(pools, state, real & (target >= 0), target)
+    return xp.where(_column(xp, real, y), y, xp.zeros((), dtype=y.dtype, **device_of(y)))
+
+
+def _column(xp: Any, flags: Array, like: Array) -> Array:
+    return xp.reshape(flags, (-1, *(1,) * (like.ndim - 1)))
+
+
+def _check_slots(mixer: str, library: Any, name: str, slots: Array, batch: int, room: int) -> None:
+    if library_of(slots, name) is not library:
+        raise TypeError(f"{mixer}: {name} is no {library.name} array, but q is; convert it")
+    if not library.dtype(slots).startswith("int"):
+        raise TypeError(f"{mixer}: {name} has dtype {library.dtype(slots)}; expected int32")
+    if tuple(slots.shape) != (batch,):
+        raise ValueError(f"{mixer}: {name} has shape {tuple(slots.shape)}, expected [B] = ({batch},)")
+    if batch and library.device(slots) == "cpu":
+        low, high = int(slots.min()), int(slots.max())
+        if low < -1 or high >= room:
+            raise ValueError(
+                f"{mixer}: {name} reach from {low} to {high}; the pool has slots 0 to {room - 1}, padding is -1"
+            )

@@ -1,0 +1,391 @@
+"""A mixer with its options set: what ``mixers.get`` returns.
+
+y, state = mix(q, k, v, beta=b)                    a sequence, a batch of them, or a pack
+y_t, state = mix.step(q_t, k_t, v_t, beta=b_t, state=state)
+y = mix.decode(q, k, v, beta=b, pool=pool, slots=slots)
+"""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mixers.arrays import library_of, prepare
+from mixers.autotune.policy import Candidate, candidates, check_backend, choose
+from mixers.backend import Config, Kernel
+from mixers.call import Call, validate
+from mixers.problem import Arrays, Flags, Problem
+from mixers.registry import get_spec
+from mixers.result import Result
+from mixers.spec import Array, MixerSpec, Sizes
+
+log = logging.getLogger("mixers")
+
+_STATE_DTYPES = ("", "float32", "float64", "bfloat16", "float16")
+_announced: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kernel and configuration that were chosen; without a kernel, the reference runs."""
+
+    backend: str
+    kernel: Kernel | None
+    config: Config
+
+    def forward(self, problem: Problem, x: Arrays, out: Arrays) -> None:
+        """Fill ``out``."""
+        assert self.kernel is not None
+        self.kernel.forward(problem, self.config, x, out)
+
+    def backward(self, problem: Problem, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
+        """Fill ``dx``."""
+        assert self.kernel is not None
+        self.kernel.backward(problem, self.config, x, out, dout, dx)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype and bytes of one array of a state."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * {"float64": 8, "bfloat16": 2, "float16": 2}.get(self.dtype, 4)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every way to run a call: prints as a table, the chosen one marked."""
+
+    problem: Problem
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that runs."""
+        return next(c for c in self.candidates if c.support)
+
+    def __str__(self) -> str:
+        s, chosen = self.problem.sizes, next((c for c in self.candidates if c.support), None)
+        lines = [
+            f"{self.problem.spec.name} (B={s.B}, T={s.T}, H={s.H}, K={s.K}, V={s.V}), {self.problem.dtype} "
+            f"{self.problem.library} arrays on {self.problem.device}"
+        ]
+        for c in self.candidates:
+            mark = "→" if c is chosen else " "
+            why = "chosen: the first that can" if c is chosen else c.support.reason or "can, but comes later"
+            config = " ".join(f"{k}={v}" for k, v in (c.config or {}).items())
+            lines.append(f"  {mark} {c.name:<28} {config:<16} {why}".rstrip())
+        return "\n".join(lines)
+
+
+class Mixer:
+    """A mixer with its options set. Calling it never changes it; it pickles, copies and compares by value.
+
+    Attributes:
+        spec: the mathematics.
+        options: every option, resolved.
+        backend: as given to ``mixers.get``.
+        state_dtype: storage dtype of returned states; empty for float32 (float64 where q is).
+    """
+
+    def __init__(self, spec: MixerSpec, backend: str, options: dict[str, Any], state_dtype: str = "") -> None:
+        """See ``mixers.get``."""
+        check_backend(backend)
+        if state_dtype not in _STATE_DTYPES:
+            raise ValueError(f"state_dtype={state_dtype!r}; expected one of {', '.join(map(repr, _STATE_DTYPES[1:]))}")
+        self.spec = spec
+        self.options = spec.resolve(options)
+        self.backend = backend
+        self.state_dtype = state_dtype
+        self._plans: dict[Problem, Plan] = {}
+        self.key = json.dumps([spec.name, backend, self.options, state_dtype])
+        prepare(self)
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"mixers.get({self.spec.name!r}, backend={self.backend!r}{options})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mixer) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return from_key, (self.key,)
+
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        initial_state: Any = None,
+        cu_seqlens: Any = None,
+        return_state: bool = True,
+        checkpoint_every: int | None = None,
+        **gates: Array | None,
+    ) -> Result:
+        """Mix whole sequences.
+
+        Args:
+            q: ``[B,T,G,K]``; see the mixer's page for the axes of every input.
+            k: ``[B,T,G,K]``.
+            v: ``[B,T,H,V]``, ``H`` a multiple of ``G``.
+            initial_state: the first state ``[N,...]``, or one without the batch axis for every sequence; None for the
+                mixer's own.
+            cu_seqlens: ``[N+1]`` offsets or a ``mixers.pack``: sequences packed into a batch of 1.
+            return_state: False saves the write of the last state.
+            checkpoint_every: also return the states after every so many tokens, as ``result.checkpoints`` with an axis
+                ``P`` behind the batch; the sequences of a pack follow each other on it, zeros behind the last.
+            gates: the mixer's other inputs, as ``beta=``, ``log_decay=``.
+
+        Returns:
+            ``(y, state)``, with ``y [B,T,H,V]`` in the dtype of ``v``.
+
+        Raises:
+            ValueError: an input is missing or misshapen, or an explicit backend cannot serve.
+            TypeError: an input is unknown, no array, or of another library, dtype or device.
+        """
+        call = self._call(q, k, v, gates, initial_state, cu_seqlens, return_state, checkpoint_every)
+        return self._result(call, call.library.run(self, call))
+
+    def step(self, q: Array, k: Array, v: Array, *, state: Any = None, **gates: Array | None) -> Result:
+        """Mix one token.
+
+        Args:
+            q: ``[B,G,K]``: every input without its axis ``T``.
+            k: ``[B,G,K]``.
+            v: ``[B,H,V]``.
+            state: what the last step or call returned; None for the mixer's first.
+            gates: as in a call, without ``T``.
+
+        Returns:
+            ``(y, state)``, with ``y [B,H,V]``.
+
+        Raises:
+            ValueError, TypeError: as in a call.
+        """
+        call = self._call(q, k, v, gates, state, None, True, None, token=True)
+        out = call.library.run(self, call)
+        out["y"] = out["y"][:, 0]
+        return self._result(call, out)
+
+    def decode(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        pool: Any,
+        slots: Array,
+        out_slots: Array | None = None,
+        fresh: Array | None = None,
+        **gates: Array | None,
+    ) -> Array:
+        """Mix a few tokens for sequences whose states live in a pool; the pool is written in place.
+
+        Args:
+            q: ``[B,T,G,K]`` with ``T ≤ 16``.
+            k: ``[B,T,G,K]``.
+            v: ``[B,T,H,V]``.
+            pool: the states, ``[slots,H,K,V]`` of any strides (a tuple of arrays where the state is one).
+            slots: ``[B]`` whole numbers, the slot of each sequence; −1 is padding: its output is 0, nothing is written.
+            out_slots: ``[B]``, where to write instead of ``slots``.
+            fresh: ``[B]`` booleans: start from the mixer's first state, whatever the slot holds.
+            gates: as in a call.
+
+        Returns:
+            ``y [B,T,H,V]``.
+
+        Raises:
+            ValueError: more than 16 tokens, misshapen slots, a slot outside of the pool, or a state that grows.
+            TypeError: as in a call; slots are no whole numbers.
+        """
+        from mixers.decode import decode
+
+        return decode(self, q, k, v, gates, pool, slots, out_slots, fresh)
+
+    def vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        initial_state: Any = None,
+        cu_seqlens: Any = None,
+        return_state: bool = True,
+        checkpoint_every: int | None = None,
+        **gates: Array | None,
+    ) -> tuple[Result, Any]:
+        """A call on NumPy arrays and the function that takes gradients back through it.
+
+        Args: as in a call.
+
+        Returns:
+            ``(result, pullback)``. ``pullback(dy, dstate=None, dcheckpoints=None)`` takes gradients of the outputs,
+            None for zero, and returns a dictionary of gradients by input name, ``initial_state`` among them.
+
+        Raises:
+            TypeError: the arrays are torch's or JAX's, which have gradients of their own.
+            ValueError: as in a call; the reference has no gradients on NumPy.
+        """
+        call = self._call(q, k, v, gates, initial_state, cu_seqlens, return_state, checkpoint_every, grad=True)
+        if call.library.name != "numpy":
+            raise TypeError(
+                f"vjp is for NumPy arrays; differentiate {call.library.name} arrays with {call.library.name}"
+            )
+        from mixers.arrays.numpy import library
+        from mixers.vjp import pullback
+
+        out, back = library.vjp(self, call)
+        return self._result(call, out), pullback(call, initial_state, out, back)
+
+    def init_state(
+        self,
+        batch: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        *,
+        key_heads: int | None = None,
+        like: Array = None,
+    ) -> Any:
+        """The mixer's first state for a batch.
+
+        Args:
+            batch: sequences.
+            heads: value heads.
+            key_dim: key width, or slots.
+            value_dim: value width; ``key_dim`` by default.
+            key_heads: key heads, for a grouped cache; ``heads`` by default.
+            like: an array whose library and device the state takes; float64 where it is. NumPy by default.
+        """
+        like = np.empty(0, np.float32) if like is None else like
+        library = library_of(like, "like")
+        compute = "float64" if library.dtype(like) == "float64" else "float32"
+        sizes = _sizes(self, batch, heads, key_dim, value_dim, key_heads)
+        layout = self.spec.state(self.options)
+        arrays = []
+        for f, first in zip(layout.fields, self.spec.first(sizes, self.options), strict=True):
+            values = np.array(np.broadcast_to(first, (batch, *first.shape)), order="C")
+            dtype = "int32" if f.counter else self.state_dtype or (library.dtype(like) if f.verbatim else compute)
+            arrays.append(library.from_numpy(values, dtype, like))
+        return layout.pack(tuple(arrays))
+
+    def state_spec(
+        self, heads: int, key_dim: int, value_dim: int | None = None, *, batch: int = 1, key_heads: int | None = None
+    ) -> tuple[TensorSpec, ...]:
+        """Name, shape, dtype and bytes of every array of a state, for whoever manages the memory.
+
+        Args: as in ``init_state``. Axes of length 0 grow with the tokens.
+        """
+        sizes = _sizes(self, batch, heads, key_dim, value_dim, key_heads)
+        fields = self.spec.state(self.options).fields
+        return tuple(
+            TensorSpec(f.name, sizes.shape(f.axes), "int32" if f.counter else self.state_dtype or "float32")
+            for f in fields
+        )
+
+    def explain(self, q: Array, k: Array, v: Array, **rest: Any) -> Explanation:
+        """Every candidate for a call, chosen or refused, with its reason. Takes what a call takes; runs nothing."""
+        state, pack = rest.pop("initial_state", None), rest.pop("cu_seqlens", None)
+        call = self._call(q, k, v, rest, state, pack, True, None)
+        problem = call.problem()
+        return Explanation(problem, tuple(candidates(problem, self.backend)))
+
+    def warmup(self, q: Array, k: Array, v: Array, *, grad: bool = False, **rest: Any) -> None:
+        """Compile now what a call like this one will run, its backward too with ``grad=True``."""
+        state, pack = rest.pop("initial_state", None), rest.pop("cu_seqlens", None)
+        call = self._call(q, k, v, rest, state, pack, True, None)
+        call.library.warmup(self, call, grad)
+
+    def plan(self, problem: Problem) -> Plan:
+        """The kernel for a problem, chosen once.
+
+        Raises:
+            ValueError: an explicit backend cannot serve; the message lists its reasons.
+        """
+        plan = self._plans.get(problem)
+        if plan is None:
+            chosen = choose(problem, self.backend)
+            plan = self._plans[problem] = Plan(chosen.backend, chosen.kernel, chosen.config or {})
+            self._announce(chosen)
+        return plan
+
+    def _announce(self, chosen: Candidate) -> None:
+        if self.backend == "auto" and (self.spec.name, chosen.name) not in _announced:
+            _announced.add((self.spec.name, chosen.name))
+            log.info(
+                "%s runs on %s: the first candidate that can (mix.explain(...) lists all)", self.spec.name, chosen.name
+            )
+
+    def _call(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        gates: dict[str, Any],
+        state: Any,
+        cu_seqlens: Any,
+        return_state: bool,
+        checkpoint_every: int | None,
+        grad: bool = False,
+        token: bool = False,
+    ) -> Call:
+        every = checkpoint_every or 0
+        if every < 0:
+            raise ValueError(f"checkpoint_every={every}; expected a whole number from 1 up, or None")
+        flags = Flags(grad, bool(return_state), every, self.state_dtype)
+        inputs = {"q": q, "k": k, "v": v, **gates}
+        return validate(self.spec, self.options, inputs, state, cu_seqlens, flags, token)
+
+    def _result(self, call: Call, out: Arrays) -> Result:
+        layout = self.spec.state(self.options)
+        state = layout.pack(tuple(out[f"final.{f.name}"] for f in layout.fields)) if call.flags.state else None
+        if not call.flags.checkpoint_every:
+            return Result(out["y"], state)
+        return Result(out["y"], state, layout.pack(tuple(out[f"checkpoint.{f.name}"] for f in layout.fields)))
+
+
+def _sizes(mixer: Mixer, batch: int, heads: int, key_dim: int, value_dim: int | None, key_heads: int | None) -> Sizes:
+    value_dim = key_dim if value_dim is None else value_dim
+    chunk = mixer.options.get("chunk_size", 1)
+    return Sizes(B=batch, T=0, G=key_heads or heads, H=heads, K=key_dim, V=value_dim, N=batch, C=chunk)
+
+
+def get(name: str | MixerSpec, backend: str = "auto", *, state_dtype: str = "", **options: Any) -> Mixer:
+    """A mixer, ready to call.
+
+    Args:
+        name: one of ``mixers.names()``.
+        backend: ``auto`` takes the fastest that can and logs its choice once; ``reference`` is the float64-capable
+            truth; any other name is explicit and never falls back.
+        state_dtype: storage dtype of returned states (``bfloat16``, ``float16``); the arithmetic stays float32.
+        options: the mixer's options, as ``chunk_size=16``; see ``mixers.get_spec(name)``.
+
+    Raises:
+        ValueError: the mixer, backend or option is unknown (the nearest name is offered), or a value is not allowed.
+    """
+    spec = name if isinstance(name, MixerSpec) else get_spec(name)
+    return Mixer(spec, backend, options, state_dtype)
+
+
+_from_key: dict[str, Mixer] = {}
+
+
+def from_key(key: str) -> Mixer:
+    """The mixer that a ``Mixer.key`` describes."""
+    if key not in _from_key:
+        name, backend, options, state_dtype = json.loads(key)
+        _from_key[key] = get(name, backend, state_dtype=state_dtype, **options)
+    return _from_key[key]

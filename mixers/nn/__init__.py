@@ -1,0 +1,25 @@
+"""torch layers built from a mixer's spec.
+
+layer = MixerLayer("lattice", d_model=256, heads=4)
+y, state = layer(x)
+"""
+
+from mixers.nn.block import Block, SwiGLU
+from mixers.nn.convolution import ShortConv, short_conv
+from mixers.nn.gates import BoundedDecay, Gate, SigmoidGate, SoftplusDecay
+from mixers.nn.language_model import LanguageModel
+from mixers.nn.layer import LayerState, MixerLayer
+
+__all__ = [
+    "Block",
+    "BoundedDecay",
+    "Gate",
+    "LanguageModel",
+    "LayerState",
+    "MixerLayer",
+    "ShortConv",
+    "SigmoidGate",
+    "SoftplusDecay",
+    "SwiGLU",
+    "short_conv",
+]

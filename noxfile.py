@@ -1,0 +1,76 @@
+"""Environments and what runs in them, with the versions of constraints.txt.
+
+nox                   lint, types and every backend's tests
+nox -s demo           train a small Lattice model on this machine
+nox -s bench -- ARGS  benchmarks; ARGS go to pytest
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
+
+PINS = ("-c", "constraints.txt")
+
+# What each session installs, and no more, so that a stray import of another library fails; and what it checks. torch
+# brings autodiff, so its session checks everything; JAX arrays run on the reference. `--share n` takes every n-th case
+# of the laws, another part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
+TESTS = {
+    "reference": ("", ("--backend", "reference", "--share", "24")),
+    "numba": ("", ("--backend", "numba", "--share", "24")),
+    "torch": ("[torch]", ("--share", "24")),
+    "jax": ("[jax]", ("--backend", "reference", "--share", "48")),
+}
+
+# Two processes of tests share the cores: threads that wait must not spin, and torch needs no more than one a process.
+SHARED_CORES = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+
+
+@nox.session
+@nox.parametrize("backend", list(TESTS), ids=list(TESTS))
+def tests(session: nox.Session, backend: str) -> None:
+    """The test suite against one backend, with only its extra installed."""
+    extra, options = TESTS[backend]
+    session.install(*PINS, "-e", f".{extra}", "pytest", "pytest-xdist", "hypothesis")
+    session.run("pytest", "tests", "-n", "2", *options, *session.posargs, env=SHARED_CORES)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and layout of the source."""
+    session.install(*PINS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of the package as a user gets it: the wheel, seen from outside of the checkout."""
+    session.install(*PINS, "build", "mypy")
+    settings = Path("pyproject.toml").resolve()
+    with tempfile.TemporaryDirectory() as elsewhere:
+        session.run("python", "-m", "build", "--outdir", elsewhere, silent=True)
+        (wheel,) = Path(elsewhere).glob("*.whl")
+        session.install(*PINS, f"{wheel}[torch,jax]")
+        with session.chdir(elsewhere):
+            session.run("mypy", "--strict", "-p", "mixers", "--config-file", str(settings))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train byte-level language models on the standard library's source and compare them."""
+    session.install(*PINS, "-e", ".[torch]", "matplotlib")
+    session.run("python", "-m", "benchmarks.demo", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks beside what a user would write instead."""
+    session.install(*PINS, "-e", ".[torch,jax,bench]")
+    session.run("pytest", "benchmarks", *session.posargs)

@@ -1,0 +1,106 @@
+"""Every mixer × backend × kernel × dtype × array library that can run here, made into tests.
+
+A test that takes ``case`` gets the cases of the laws named in its module's ``LAWS``; one that takes ``subject`` gets
+every kernel with every mixer that it runs, and the reference; ``kernel_subject`` leaves the reference out. None of
+them names a mixer or a kernel: a new one has its tests at once.
+"""
+
+import importlib.util
+import itertools
+from dataclasses import dataclass
+
+import pytest
+
+import mixers
+from mixers import check
+from mixers.backend import Kernel, installed
+from mixers.cases import Setting
+from mixers.check import Case
+from mixers.spec import MixerSpec
+
+# How many of a kernel's cases are also tried on arrays that it takes from another library, and of which dtypes.
+OTHER_LIBRARIES = {"torch": (6, ("float64", "float32", "bfloat16", "float16")), "jax": (48, ("float64",))}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel and one of its mixers; the reference where there is no kernel."""
+
+    backend: str
+    kernel: Kernel | None
+    spec: MixerSpec
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.kernel.name if self.kernel else 'loop'}-{self.spec.name}"
+
+    def case(self, law: str, setting: Setting, dtype: str) -> Case | None:
+        """A case of this kernel, None where it refuses the setting."""
+        library = self.kernel.arrays if self.kernel else "numpy"
+        fitted = check.fitted(setting, self.kernel, dtype, library)
+        return Case(law, fitted, self.backend, self.kernel, dtype, library) if fitted else None
+
+
+def backends(config: pytest.Config) -> list[str]:
+    """The backends that this run is about.
+
+    Raises:
+        pytest.UsageError: one that was asked for does not work here.
+    """
+    status = mixers.backend_status()
+    asked = config.getoption("--backend")
+    for name in asked:
+        if not status.get(name):
+            raise pytest.UsageError(f"--backend {name}: {status[name].reason if name in status else 'not installed'}")
+    return asked or [name for name, works in status.items() if works]
+
+
+def subjects(config: pytest.Config) -> list[Subject]:
+    """Every kernel with every mixer that it runs."""
+    return [
+        Subject(backend, kernel, mixers.get_spec(name))
+        for backend in backends(config)
+        for name in mixers.names()
+        for kernel in check.kernels(backend, name)
+    ]
+
+
+def cases(config: pytest.Config, laws: tuple[str, ...]) -> list[Case]:
+    """Every case of some laws, on the arrays that a kernel takes and, for a part of them, on the others'."""
+    found = []
+    for backend in backends(config):
+        found += [case for case in check.cases(backend) if case.law in laws]
+        for library, (every, dtypes) in OTHER_LIBRARIES.items():
+            if importlib.util.find_spec(library) is None or "truth" not in laws:
+                continue
+            chosen = (case for case in check.cases(backend, dtypes=dtypes, library=library) if case.law == "truth")
+            by_kernel = itertools.groupby(chosen, key=lambda case: (case.mixer, case.kernel, case.dtype))
+            for _, group in by_kernel:
+                found += list(group)[::every]
+    return share(found, config.getoption("--share"))
+
+
+def share(cases: list[Case], every: int) -> list[Case]:
+    """Every n-th case of each group that differs in its setting alone; no group starts where its neighbour does."""
+    groups: dict[tuple[object, ...], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.law, case.mixer, case.kernel, case.dtype, case.library), []).append(case)
+    return [
+        case for start, group in enumerate(groups.values()) for case in group[start % min(every, len(group)) :: every]
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Fill in ``case``, ``subject`` and ``kernel_subject``."""
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases(metafunc.config, metafunc.module.LAWS), ids=str)
+    if "subject" in metafunc.fixturenames:
+        metafunc.parametrize("subject", subjects(metafunc.config), ids=str)
+    if "kernel_subject" in metafunc.fixturenames:
+        metafunc.parametrize("kernel_subject", [s for s in subjects(metafunc.config) if s.kernel], ids=str)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A backend that is asked for and lists no kernel must not pass for want of tests."""
+    for backend in backends(session.config):
+        if backend != "reference" and not installed()[backend].kernels():
+            raise pytest.UsageError(f"backend {backend} lists no kernel")

@@ -1,0 +1,26 @@
+"""Options of the test run: which backends, and how hard hypothesis looks."""
+
+import os
+
+import hypothesis
+import pytest
+
+# The same examples every time, few of them; HYPOTHESIS_PROFILE=thorough looks further.
+hypothesis.settings.register_profile(
+    "ci", max_examples=8, deadline=None, derandomize=True, database=None, print_blob=True
+)
+hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--backend numba`` checks one backend; by default all that are installed, and the reference."""
+    parser.addoption(
+        "--backend", action="append", default=[], help="a backend to check, 'reference' among them; may be repeated"
+    )
+    parser.addoption(
+        "--share",
+        type=int,
+        default=1,
+        help="take every n-th case of each law, mixer, kernel, dtype and library, each from another start",
+    )
