@@ -48,6 +48,11 @@ class _Arrays:
         return _Annotation(lambda real: self._make(real, ndim))
 
 
+def Parts(*parts: _Annotation) -> _Annotation:  # noqa: N802
+    """Several arrays as one argument, a tuple."""
+    return _Annotation(lambda real: types.Tuple([part.make(real) for part in parts]))
+
+
 # ``Any``, so that a type checker takes ``In[4]`` as a type.
 In: Any = _Arrays(lambda real, ndim: types.Array(real, ndim, "A", readonly=True))
 Out: Any = _Arrays(lambda real, ndim: types.Array(real, ndim, "C"))

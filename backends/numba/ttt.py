@@ -24,7 +24,6 @@ piece to the first. A mini-batch that ends here sends dA = −τ dW, da = −τ 
 Kept for the backward: W, c at every ``spacing`` tokens (whole mini-batches) but the first, which is the first state.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -33,14 +32,19 @@ from numba import prange
 from mixers.backend import Config, Support
 from mixers.problem import Arrays, Problem
 
-from .compile import Count, In, Index, Int, Out, device, kernel
+from .compile import Count, In, Index, Int, Out, Parts, device, kernel
 from .kernel import NumbaKernel, given
-from .layout import checkpoint_row, kept_row, load_tile, padded, scratch, span, store_tile, zeroed
+from .layout import add_tile, checkpoint_row, kept_row, load_tile, padded, scratch, span, store_tile, zeroed
 from .matmul import matmul, matmul_ta, matmul_tb
 from .rows import load_head, store_head
 from .simd import NARROW, add, fma, lanes, load, mul, splat, store, sub, total, zeros
 
 NORM_EPS = 1e-6
+
+# A state as callers hold it: W, A, c, a.
+PARTS = ("weight", "weight_sum", "bias", "bias_sum")
+IN_STATE: Any = Parts(In[4], In[4], In[3], In[3])
+OUT_STATE: Any = Parts(Out[4], Out[4], Out[3], Out[3])
 
 # The most tokens of one piece: a longer mini-batch goes on through its running sums.
 PIECE = 64
@@ -128,21 +132,28 @@ def copy(source, start, target, at, count):
 
 
 @device
-def unpack(flat, state, width, ld):
-    """A state as callers hold it, ``[W | A | c | a]`` without padding, into padded scratch."""
-    for i in range(2 * width + 2):
-        copy(flat, i * width, state, i * ld, width)
-        clear(state, i * ld + width, ld - width)
+def unpack(parts, n, head, state, width, ld):
+    """A state as callers hold it, ``(W, A, c, a)``, into padded scratch, one below another."""
+    tile = width * ld
+    clear(state, 0, 2 * tile + 2 * ld)
+    load_tile(parts[0][n, head], state, ld)
+    load_tile(parts[1][n, head], state[tile:], ld)
+    copy(parts[2][n, head], 0, state, 2 * tile, width)
+    copy(parts[3][n, head], 0, state, 2 * tile + ld, width)
 
 
 @device
-def pack(state, fresh, flat, width, ld):
+def pack(state, fresh, parts, n, head, width, ld):
     """``unpack``, the other way round; ``fresh``: A and a are 0, whatever is there."""
-    for i in range(2 * width + 2):
-        if fresh and (width <= i < 2 * width or i > 2 * width):
-            clear(flat, i * width, width)
-        else:
-            copy(state, i * ld, flat, i * width, width)
+    tile = width * ld
+    store_tile(state, parts[0][n, head], ld)
+    copy(state, 2 * tile, parts[2][n, head], 0, width)
+    if fresh:
+        parts[1][n, head] = 0
+        clear(parts[3][n, head], 0, width)
+    else:
+        store_tile(state[tile:], parts[1][n, head], ld)
+        copy(state, 2 * tile + ld, parts[3][n, head], 0, width)
 
 
 @device
@@ -249,7 +260,7 @@ def forward_head(
     rows, z, s, b = scratch(2 * area, y), scratch(2 * area, y), scratch(size * lds, y), scratch(2 * size, y)
     values, write, r = scratch(area, y), scratch(area, y), scratch(area, y)
     sums, queries, later, inverse = state[tile:], rows[area:], z[area:], b[size:]
-    unpack(state0[n, head], state, width, ld)
+    unpack(state0, n, head, state, width, ld)
     load_affine(affine_, head, affine, width, ld)
     fresh, t = False, 0
     while t < tokens:
@@ -274,9 +285,9 @@ def forward_head(
             store_tile(state, kept_weight[at, head], ld)
             copy(state, 2 * tile, kept_c[at, head], 0, width)
         if every > 0 and t % every == 0:
-            pack(state, fresh, state2[mark + t // every - 1, head], width, ld)
-    if state1.shape[0] > 0:
-        pack(state, fresh, state1[n, head], width, ld)
+            pack(state, fresh, state2, mark + t // every - 1, head, width, ld)
+    if state1[0].shape[0] > 0:
+        pack(state, fresh, state1, n, head, width, ld)
 
 
 @kernel
@@ -287,22 +298,22 @@ def forward(
     beta: In[3],
     affine: In[3],
     scale: In[1],
-    state0: In[3],
+    state0: IN_STATE,
     phase: Count[1],
     offsets: Index[1],
     chunk: Int,
     spacing: Int,
     every: Int,
     y: Out[4],
-    state1: Out[3],
-    state2: Out[3],
+    state1: OUT_STATE,
+    state2: OUT_STATE,
     kept_weight: Out[4],
     kept_c: Out[3],
 ):
-    """``affine [2,H,D]`` holds w and w_b. States lie flat, ``[rows,H,2DD+2D]``: 0 first, 1 last, 2 checkpoints."""
+    """``affine [2,H,D]`` holds w and w_b. States are ``(W, A, c, a)``, ``[rows,H,...]``: 0 first, 1 last, 2 checkpoints."""
     heads, tokens = v.shape[2], q.shape[1]
     m = heads // k.shape[2]
-    for item in prange(state0.shape[0] * heads):
+    for item in prange(phase.shape[0] * heads):
         n, head = item // heads, item % heads
         row, first, last = span(n, tokens, offsets)
         keep = kept_row(n, first, tokens, spacing, offsets)
@@ -314,11 +325,18 @@ def forward(
 
 
 @device
-def add_state(dstate, flat, width, ld):
-    """The gradient of a returned state, on top of what flows back."""
-    for i in range(2 * width + 2):
-        for j in range(width):
-            dstate[i * ld + j] += flat[i * width + j]
+def add_state(dstate, parts, n, head, width, ld):
+    """The gradient of a returned state, on top of what flows back; parts that nothing flows into are empty."""
+    tile = width * ld
+    if parts[0].shape[0] > 0:
+        add_tile(parts[0][n, head], dstate, ld)
+    if parts[1].shape[0] > 0:
+        add_tile(parts[1][n, head], dstate[tile:], ld)
+    for j in range(width):
+        if parts[2].shape[0] > 0:
+            dstate[2 * tile + j] += parts[2][n, head, j]
+        if parts[3].shape[0] > 0:
+            dstate[2 * tile + ld + j] += parts[3][n, head, j]
 
 
 @device
@@ -429,8 +447,7 @@ def backward_head(
     dstate, daffine = zeroed(extent, dq), zeroed(2 * ld, dq)
     dsums = dstate[tile:]
     load_affine(affine_, head, affine, width, ld)
-    if dstate1.shape[0] > 0:
-        add_state(dstate, dstate1[n, head], width, ld)
+    add_state(dstate, dstate1, n, head, width, ld)
 
     stop = tokens
     while stop > 0:
@@ -438,7 +455,7 @@ def backward_head(
         segment = (stop - 1 + phase) // spacing
         begin = max(0, segment * spacing - phase)
         if segment == 0:
-            unpack(state0[n, head], states, width, ld)
+            unpack(state0, n, head, states, width, ld)
         else:
             clear(states, 0, extent)
             load_tile(kept_weight[keep + segment - 1, head], states, ld)
@@ -466,8 +483,8 @@ def backward_head(
             fresh, done = place == 0 and t > 0, place + m == chunk
             state = states[p * extent :]
             sums = state[tile:]
-            if dstate2.shape[0] > 0 and (t + m) % every == 0:
-                add_state(dstate, dstate2[mark + (t + m) // every - 1, head], width, ld)
+            if every > 0 and (t + m) % every == 0:
+                add_state(dstate, dstate2, mark + (t + m) // every - 1, head, width, ld)
 
             # The piece again, up to x̄ and back from it.
             load_piece(row, first + t, g, head, q, k, v, beta, m, size, ld, rows, queries, values, b)
@@ -508,7 +525,7 @@ def backward_head(
                 dbeta[row, first + t + i, head] = dbeta_[i]
         stop = begin
 
-    pack(dstate, False, dstate0[n, head], width, ld)
+    pack(dstate, False, dstate0, n, head, width, ld)
     for i in range(2):
         copy(daffine, i * ld, daffine_[n, i, head], 0, width)
 
@@ -521,7 +538,7 @@ def backward(
     beta: In[3],
     affine: In[3],
     scale: In[1],
-    state0: In[3],
+    state0: IN_STATE,
     phase: Count[1],
     offsets: Index[1],
     chunk: Int,
@@ -530,20 +547,20 @@ def backward(
     kept_weight: In[4],
     kept_c: In[3],
     dy: In[4],
-    dstate1: In[3],
-    dstate2: In[3],
+    dstate1: IN_STATE,
+    dstate2: IN_STATE,
     dq: Out[4],
     dk: Out[4],
     dv: Out[4],
     dbeta: Out[3],
     daffine: Out[4],
     drate: Out[3],
-    dstate0: Out[3],
+    dstate0: OUT_STATE,
 ):
     """``dq`` and ``dk`` have all H heads; ``daffine [N,2,H,D]`` and ``drate [N,H,C]``, which is added to, are parts."""
     heads, tokens = v.shape[2], q.shape[1]
     m = heads // k.shape[2]
-    for item in prange(state0.shape[0] * heads):
+    for item in prange(phase.shape[0] * heads):
         n, head = item // heads, item % heads
         row, first, last = span(n, tokens, offsets)
         keep = kept_row(n, first, tokens, spacing, offsets)
@@ -574,25 +591,24 @@ class TTTChunk(NumbaKernel):
         """Fill ``y``, states and kept weights."""
         every, dtype = problem.flags.checkpoint_every, x["q"].dtype
         tokens, phase, chunk = _lengths(x), x["initial.phase"], problem.option["chunk_size"]
-        last, checkpoints = (_room(out, place, dtype) for place in ("final", "checkpoint"))
+        checkpoints = _state(out, "checkpoint", dtype)
         forward(
             _work(x) * 4.0,
             *_inputs(problem, x),
             out["y"],
-            last,
+            _state(out, "final", dtype),
             checkpoints,
             given(out.get("kept.weight"), 4, dtype),
             given(out.get("kept.bias"), 3, dtype),
         )
-        _split(last, out, "final")
         if "final.phase" in out:
             out["final.phase"][...] = (phase + tokens) % chunk
         if every:
             counts = tokens // every
             sequence = np.repeat(np.arange(len(tokens)), counts)
             passed = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + 1) * every
-            checkpoints[len(passed) :] = 0
-            _split(checkpoints, out, "checkpoint")
+            for part in checkpoints:
+                part[len(passed) :] = 0
             phases = np.zeros(out["checkpoint.phase"].size, np.int32)
             phases[: len(passed)] = (phase[sequence] + passed) % chunk
             out["checkpoint.phase"][...] = phases.reshape(out["checkpoint.phase"].shape)
@@ -605,7 +621,6 @@ class TTTChunk(NumbaKernel):
         dq, dk = (dx[name] if groups == heads else np.empty(v.shape, dtype) for name in ("q", "k"))
         daffine = np.empty((sequences, 2, heads, width), dtype)
         drate = np.zeros((sequences, heads, problem.option["chunk_size"]), dtype)
-        dstate = np.empty((sequences, heads, 2 * width * (width + 1)), dtype)
         dy = dout.get("y")
         backward(
             _work(x) * 11.0,
@@ -613,11 +628,10 @@ class TTTChunk(NumbaKernel):
             out["kept.weight"],
             out["kept.bias"],
             np.broadcast_to(dtype.type(0), v.shape) if dy is None else dy,
-            _join(dout, "final", dtype),
-            _join(dout, "checkpoint", dtype),
-            dq, dk, dx["v"], dx["beta"], daffine, drate, dstate,
+            _state(dout, "final", dtype),
+            _state(dout, "checkpoint", dtype),
+            dq, dk, dx["v"], dx["beta"], daffine, drate, _state(dx, "initial", dtype),
         )  # fmt: skip
-        _split(dstate, dx, "initial")
         if groups != heads:
             for name, d in (("q", dq), ("k", dk)):
                 np.sum(d.reshape(batch, tokens, groups, heads // groups, width), axis=3, out=dx[name])
@@ -650,7 +664,7 @@ def _inputs(problem: Problem, x: Arrays) -> tuple[Any, ...]:
         *(x[name] for name in ("q", "k", "v", "beta")),
         affine,
         (1.0 / np.arange(1, chunk + 1)).astype(dtype) if scale is None else scale,
-        _join(x, "initial", dtype),
+        _state(x, "initial", dtype),
         x["initial.phase"],
         given(x["offsets"], 1, np.int64),
         chunk,
@@ -659,46 +673,12 @@ def _inputs(problem: Problem, x: Arrays) -> tuple[Any, ...]:
     )
 
 
-def _names(place: str) -> list[str]:
-    return [f"{place}.{name}" for name in ("weight", "weight_sum", "bias", "bias_sum")]
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """``[rows,H,2DD+2D]`` from the shape of weights, ``[N,H,D,D]`` or ``[B,P,H,D,D]``."""
-    return math.prod(shape[:-3]), shape[-3], 2 * shape[-1] * (shape[-1] + 1)
-
-
-def _room(arrays: Arrays, place: str, dtype: Any) -> np.ndarray:
-    """Where a kernel writes states; empty where nobody asks for them."""
-    weight = arrays.get(f"{place}.weight")
-    return np.empty((0, 0, 0) if weight is None else _flat(weight.shape), dtype)
-
-
-def _join(arrays: Arrays, place: str, dtype: Any) -> np.ndarray:
-    """A state, or its gradient, as one flat array: zeros where a part is None, empty where all are."""
-    parts = {name: arrays.get(name) for name in _names(place)}
-    shapes = [part.shape[:-1] if "weight" in name else part.shape for name, part in parts.items() if part is not None]
-    if not shapes:
-        return np.empty((0, 0, 0), dtype)
-    *lead, heads, width = shapes[0]
-    rows, at = math.prod(lead), 0
-    flat = np.zeros((rows, heads, 2 * width * (width + 1)), dtype)
-    for name, part in parts.items():
-        size = width * width if "weight" in name else width
-        if part is not None:
-            flat[..., at : at + size] = part.reshape(rows, heads, size)
-        at += size
-    return flat
-
-
-def _split(flat: np.ndarray, arrays: Arrays, place: str) -> None:
-    """``_join``, the other way round."""
-    if flat.size:
-        at = 0
-        for name in _names(place):
-            size = arrays[name].size // (flat.shape[0] * flat.shape[1])
-            arrays[name][...] = flat[..., at : at + size].reshape(arrays[name].shape)
-            at += size
+def _state(arrays: Arrays, place: str, dtype: Any) -> tuple[np.ndarray, ...]:
+    """The parts of a state, or of its gradient, ``[rows,H,...]``; empty where one is missing."""
+    parts = ((arrays.get(f"{place}.{name}"), 4 if "weight" in name else 3) for name in PARTS)
+    return tuple(
+        given(part if part is None else part.reshape(-1, *part.shape[1 - ndim :]), ndim, dtype) for part, ndim in parts
+    )
 
 
 KERNELS = (TTTChunk(),)
