@@ -38,7 +38,7 @@ def tests(session: nox.Session, backend: str) -> None:
     """The test suite against one backend, with only its extra installed."""
     extra, options = TESTS[backend]
     session.install(*PINS, "-e", f".{extra}", "pytest", "pytest-xdist", "hypothesis")
-    session.run("pytest", "tests", "-n", "2", *options, *session.posargs, env=SHARED_CORES)
+    session.run("pytest", "tests", "-n", "2", "--dist", "loadgroup", *options, *session.posargs, env=SHARED_CORES)
 
 
 @nox.session

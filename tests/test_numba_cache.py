@@ -1,6 +1,6 @@
 """Compiled kernels on disk: never stale, never in the way.
 
-A small package of its own, with the backend's ``compile.py``, ``cache.py`` and ``threads.py``, one kernel and a helper
+A small package of its own, with the backend's ``compile.py`` and what that imports, one kernel and a helper
 in another file, runs in fresh processes; so nothing here compiles a real kernel or touches the user's cache.
 """
 
@@ -17,13 +17,13 @@ pytest.importorskip("numba")
 from mixers.backends.numba import cache
 
 CALLER = """
-from .compile import In, Out, Real, kernel
+from .compile import In, Int, Out, Real, kernel
 from .helper import times
 
 
 @kernel
-def apply(x: In[1], by: Real, y: Out[1]):
-    for i in range(x.shape[0]):
+def apply(begin: Int, end: Int, x: In[1], by: Real, y: Out[1]):
+    for i in range(begin, end):
         y[i] = times(x[i], by)
 """
 HELPER = """
@@ -35,7 +35,7 @@ def times(x, by):
     return {factor} * x * by
 """
 PROGRAM = """
-import sys
+import os, sys
 sys.path.insert(0, {home!r})
 import numpy as np
 from house import cache, caller
@@ -43,7 +43,8 @@ saved = []
 save = cache.DiskCache.save_overload
 cache.DiskCache.save_overload = lambda self, *rest: (saved.append(1), save(self, *rest))
 y = np.empty(3)
-caller.apply(0, np.ones(3)[::-1], 10.0, y)
+caller.apply(float(os.environ.get("WORK", 0)), 3, np.ones(3)[::-1], 10.0, y)
+assert (y == y[0]).all()
 print(y[0], len(saved), cache.folder())
 """
 
@@ -54,7 +55,7 @@ def house(tmp_path: Path) -> Path:
     home = tmp_path / "house"
     home.mkdir()
     (home / "__init__.py").touch()
-    for name in ("compile.py", "cache.py", "threads.py"):
+    for name in ("compile.py", "cache.py", "part.py", "threads.py"):
         shutil.copy(cache.HOME / name, home)
     (home / "caller.py").write_text(CALLER)
     (home / "helper.py").write_text(HELPER.format(factor=2))
@@ -90,6 +91,12 @@ def test_a_second_process_compiles_nothing(house: Path) -> None:
     assert (first[1], second[1]) == (1, 0)
     assert first[2] == second[2]
     assert first[2].is_relative_to(house.parent / "cache")
+
+
+def test_threads_compile_no_more_than_a_launcher(house: Path) -> None:
+    assert run(house)[:2] == (20.0, 1)
+    assert run(house, WORK="1e9", NUMBA_NUM_THREADS="2")[:2] == (20.0, 1)
+    assert run(house, WORK="1e9", NUMBA_NUM_THREADS="2")[:2] == (20.0, 0)
 
 
 def test_an_edited_helper_recompiles_its_caller(house: Path) -> None:

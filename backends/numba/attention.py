@@ -24,7 +24,7 @@ denominators are then whole vectors, and nothing is transposed more than once a 
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, prange
+from numba import get_num_threads
 
 from mixers.backend import Config, Support
 from mixers.problem import Arrays, Problem
@@ -134,6 +134,8 @@ def forward_block(q, k, v, keys0, values0, length, row, first, n, g, r, rows, sc
 
 @kernel
 def forward(
+    begin: Int,
+    end: Int,
     q: In[4],
     k: In[4],
     v: In[4],
@@ -151,7 +153,7 @@ def forward(
     """``table`` lists blocks of queries: sequence and first row."""
     groups = k.shape[2]
     m = q.shape[2] // groups
-    for item in prange(table.shape[0] * groups):
+    for item in range(begin, end):
         n, r, g = table[item // groups, 0], table[item // groups, 1], item % groups
         row, first, last = span(n, q.shape[1], offsets)
         rows = min(block_q, (last - first) * m - r)
@@ -285,7 +287,77 @@ def queries_block(
 
 
 @kernel
-def backward(
+def backward_deltas(
+    begin: Int,
+    end: Int,
+    y: In[4],
+    dy: In[4],
+    offsets: Index[1],
+    queries: Index[2],
+    groups: Int,
+    block_q: Int,
+    fused: Flag,
+    delta: Out[3],
+    dq: Out[4],
+):
+    """``D`` of blocks of queries, which ``queries`` lists: sequence and first row. ``fused``: dq starts from 0."""
+    m = y.shape[2] // groups
+    for item in range(begin, end):
+        n, r, g = queries[item // groups, 0], queries[item // groups, 1], item % groups
+        row, first, last = span(n, y.shape[1], offsets)
+        rows = min(block_q, (last - first) * m - r)
+        delta_block(y, dy, row, first, g, m, r, rows, delta)
+        if fused:
+            for i in range(r, r + rows):
+                dq[row, first + i // m, g * m + i % m, :] = 0
+
+
+@kernel
+def backward_keys(
+    begin: Int,
+    end: Int,
+    q: In[4],
+    k: In[4],
+    v: In[4],
+    keys0: In[4],
+    values0: In[4],
+    length: Count[1],
+    offsets: Index[1],
+    keys: Index[2],
+    scale: Real,
+    block_q: Int,
+    block_k: Int,
+    fused: Flag,
+    lse: In[3],
+    dy: In[4],
+    delta: In[3],
+    dq: Out[4],
+    dk: Out[4],
+    dv: Out[4],
+    dkeys0: Out[4],
+    dvalues0: Out[4],
+):
+    """The gradients of blocks of keys, which ``keys`` lists: sequence and first position. All of them are added to.
+
+    ``fused`` walks all keys of a head in one item and shares the scores with dq (``keys`` lists sequences).
+    """
+    groups = k.shape[2]
+    for item in range(begin, end):
+        n, at, g = keys[item // groups, 0], keys[item // groups, 1], item % groups
+        row, first, last = span(n, q.shape[1], offsets)
+        position = at
+        while position < length[n] + last - first and (fused or position == at):
+            keys_block(
+                q, k, v, keys0, values0, length[n], row, first, last - first, n, g, position, scale,
+                block_q, block_k, lse, dy, delta, dq, dk, dv, dkeys0, dvalues0, fused,
+            )  # fmt: skip
+            position = min(position + block_k, length[n]) if position < length[n] else position + block_k
+
+
+@kernel
+def backward_queries(
+    begin: Int,
+    end: Int,
     q: In[4],
     k: In[4],
     v: In[4],
@@ -294,56 +366,22 @@ def backward(
     length: Count[1],
     offsets: Index[1],
     queries: Index[2],
-    keys: Index[2],
     scale: Real,
     block_q: Int,
     block_k: Int,
-    fused: Flag,
-    y: In[4],
     lse: In[3],
     dy: In[4],
-    delta: Out[3],
+    delta: In[3],
     dq: Out[4],
-    dk: Out[4],
-    dv: Out[4],
-    dkeys0: Out[4],
-    dvalues0: Out[4],
 ):
-    """``queries`` lists blocks of queries, ``keys`` blocks of keys: sequence and first row or position.
-
-    ``dk``, ``dv``, ``dkeys0`` and ``dvalues0`` are added to. ``fused`` walks all keys of a head in one item and shares
-    the scores among all three gradients (``keys`` lists sequences); otherwise dq computes its scores again.
-    """
+    """The gradients of blocks of queries, with scores of their own."""
     groups = k.shape[2]
     m = q.shape[2] // groups
-    for item in prange(queries.shape[0] * groups):
+    for item in range(begin, end):
         n, r, g = queries[item // groups, 0], queries[item // groups, 1], item % groups
         row, first, last = span(n, q.shape[1], offsets)
         rows = min(block_q, (last - first) * m - r)
-        delta_block(y, dy, row, first, g, m, r, rows, delta)
-        if fused:
-            for i in range(r, r + rows):
-                dq[row, first + i // m, g * m + i % m, :] = 0
-
-    for item in prange(keys.shape[0] * groups):
-        n, begin, g = keys[item // groups, 0], keys[item // groups, 1], item % groups
-        row, first, last = span(n, q.shape[1], offsets)
-        position = begin
-        while position < length[n] + last - first and (fused or position == begin):
-            keys_block(
-                q, k, v, keys0, values0, length[n], row, first, last - first, n, g, position, scale,
-                block_q, block_k, lse, dy, delta, dq, dk, dv, dkeys0, dvalues0, fused,
-            )  # fmt: skip
-            position = min(position + block_k, length[n]) if position < length[n] else position + block_k
-
-    if not fused:
-        for item in prange(queries.shape[0] * groups):
-            n, r, g = queries[item // groups, 0], queries[item // groups, 1], item % groups
-            row, first, last = span(n, q.shape[1], offsets)
-            rows = min(block_q, (last - first) * m - r)
-            queries_block(
-                q, k, v, keys0, values0, length[n], row, first, n, g, r, rows, scale, block_k, lse, dy, delta, dq
-            )
+        queries_block(q, k, v, keys0, values0, length[n], row, first, n, g, r, rows, scale, block_k, lse, dy, delta, dq)
 
 
 def _lengths(offsets: np.ndarray | None, batch: int, tokens: int) -> np.ndarray:
@@ -393,10 +431,12 @@ class AttentionChunk(NumbaKernel):
         m = q.shape[2] // k.shape[2]
         sequence, start = _cut(tokens * m, config["block_q"])
         seen = filled[sequence] + start // m
+        table = _deal(sequence, start, seen)
         forward(
             float(seen.sum()) * config["block_q"] * k.shape[2] * (q.shape[3] + v.shape[3]) + 1.0,
+            len(table) * k.shape[2],
             q, k, v, x["initial.keys"], x["initial.values"], filled, given(offsets, 1, np.int64),
-            _deal(sequence, start, seen), _scale(problem, q), config["block_q"], config["block_k"],
+            table, _scale(problem, q), config["block_q"], config["block_k"],
             out["y"], given(out.get("kept.lse"), 3, q.dtype),
         )  # fmt: skip
         if "final.keys" in out:
@@ -432,13 +472,20 @@ class AttentionChunk(NumbaKernel):
                 np.concatenate([old, start + filled[sequence]]),
                 np.concatenate([tokens[old_sequence], tokens[sequence] - start]),
             )
-        backward(
-            float(pairs.sum()) * q.shape[2] * 2.5 * (q.shape[3] + v.shape[3]) + 1.0,
-            q, k, v, x["initial.keys"], x["initial.values"], filled, given(offsets, 1, np.int64), queries, keys,
-            _scale(problem, q), config["block_q"], config["block_k"], fused,
-            out["y"], out["kept.lse"], dy, np.empty(q.shape[:3], q.dtype),
+        groups, delta = k.shape[2], np.empty(q.shape[:3], q.dtype)
+        work = float(pairs.sum()) * q.shape[2] * (q.shape[3] + v.shape[3]) + 1.0
+        inputs = q, k, v, x["initial.keys"], x["initial.values"], filled, given(offsets, 1, np.int64)
+        options, back = (_scale(problem, q), config["block_q"], config["block_k"]), (out["kept.lse"], dy, delta)
+        backward_deltas(
+            q.size, len(queries) * groups, out["y"], dy, inputs[-1], queries, groups, config["block_q"], fused,
+            delta, dx["q"],
+        )  # fmt: skip
+        backward_keys(
+            2.5 * work, len(keys) * groups, *inputs, keys, *options, fused, *back,
             dx["q"], dx["k"], dx["v"], dx["initial.keys"], dx["initial.values"],
         )  # fmt: skip
+        if not fused:
+            backward_queries(1.5 * work, len(queries) * groups, *inputs, queries, *options, *back, dx["q"])
 
 
 def _scale(problem: Problem, q: np.ndarray) -> Any:

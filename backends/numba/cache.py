@@ -58,10 +58,10 @@ def folder() -> Path:
 
 
 class DiskCache(caching._Cache):
-    """The on-disk overloads of one kernel; ``twin`` tells its parallel form from its serial one."""
+    """The overloads of one function on disk, under its name and signature."""
 
-    def __init__(self, function, twin: str) -> None:
-        self._name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}.{twin}"
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     @property
     def cache_path(self) -> str:

@@ -1,13 +1,13 @@
 """How a Python function becomes a CPU kernel.
 
     @kernel
-    def forward(q: In[4], k: In[4], offsets: Index[1], scale: Real, keep: Int, y: Out[4]):
-        for item in prange(y.shape[0] * y.shape[2]):
-            head(item, q, k, offsets, scale, keep, y)
+    def forward(begin: Int, end: Int, q: In[4], k: In[4], offsets: Index[1], scale: Real, y: Out[4]):
+        for item in range(begin, end):
+            head(item, q, k, offsets, scale, y)
 
 The annotations are the signature, so a kernel compiles once for each of float32 and float64 and never for a layout:
-inputs may be strided or read-only, outputs are C-contiguous. The same source is compiled twice, with and without
-threads; ``forward(work, *arrays)`` takes the serial twin for little work and wherever threads are unsafe.
+inputs may be strided or read-only, outputs are C-contiguous. ``forward(work, items, *arrays)`` spreads the items over
+threads; for little work and wherever threads are unsafe it runs them here, one after another.
 """
 
 import functools
@@ -16,10 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from . import threads
 from .cache import DiskCache
+from .part import PartCompiler
 
 # ``nnan`` and ``ninf`` stay out: they would let LLVM fold away the checks and the infinities that hard resets need.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -27,8 +30,20 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 # Waking the other threads costs about as much as this many multiply-adds on one.
 SERIAL_WORK = 400_000
 
-device = njit(fastmath=FASTMATH, error_model="numpy", nogil=True)
+_INNER: dict[str, Any] = {
+    "fastmath": FASTMATH,
+    "error_model": "numpy",
+    "nogil": True,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": PartCompiler,
+}
+
+device = njit(**_INNER)
 """Compile a function that kernels call."""
+
+leaf = njit(**_INNER, _nrt=False)
+"""The same for a function that allocates nothing, and so need not count references, which costs as much as rows."""
 
 
 class _Annotation:
@@ -48,11 +63,6 @@ class _Arrays:
         return _Annotation(lambda real: self._make(real, ndim))
 
 
-def Parts(*parts: _Annotation) -> _Annotation:  # noqa: N802
-    """Several arrays as one argument, a tuple."""
-    return _Annotation(lambda real: types.Tuple([part.make(real) for part in parts]))
-
-
 # ``Any``, so that a type checker takes ``In[4]`` as a type.
 In: Any = _Arrays(lambda real, ndim: types.Array(real, ndim, "A", readonly=True))
 Out: Any = _Arrays(lambda real, ndim: types.Array(real, ndim, "C"))
@@ -65,9 +75,9 @@ Real: Any = _Annotation(lambda real: real)
 
 
 class Kernel:
-    """A compiled function: ``kernel(work, *args)``, ``work`` in multiply-adds, ``args`` as annotated.
+    """A compiled function: ``kernel(work, items, *args)``, ``work`` in multiply-adds, ``args`` as annotated.
 
-    The first argument is an array of the working type, float32 or float64, and decides which form runs.
+    The first of ``args`` is an array of the working type, float32 or float64, and decides which form runs.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -75,23 +85,65 @@ class Kernel:
         self._function = function
         hints = inspect.get_annotations(function)
         self._hints = [hints[name] for name in inspect.signature(function).parameters]
-        self._compiled: dict[tuple[np.dtype[Any], bool], Any] = {}
+        self._compiled: dict[np.dtype[Any], Any] = {}
+        self._launchers: dict[np.dtype[Any], tuple[Any, int]] = {}
 
-    def twin(self, dtype: Any, parallel: bool) -> Any:
-        """The compiled form for ``dtype`` (float32 or float64), with or without threads."""
-        key = (np.dtype(dtype), parallel)
-        if key not in self._compiled:
-            real = types.float32 if key[0] == np.float32 else types.float64
-            dispatcher = njit(fastmath=FASTMATH, error_model="numpy", nogil=True, parallel=parallel)(self._function)
-            dispatcher._cache = DiskCache(self._function, "parallel" if parallel else "serial")
-            dispatcher.compile(types.void(*(hint.make(real) for hint in self._hints)))
+    def _types(self, dtype: np.dtype[Any]) -> list[types.Type]:
+        real = types.float32 if dtype == np.float32 else types.float64
+        return [hint.make(real) for hint in self._hints]
+
+    def compiled(self, dtype: np.dtype[Any]) -> Any:
+        """The function on items ``begin`` to ``end``, on this thread."""
+        if dtype not in self._compiled:
+            dispatcher = njit(fastmath=FASTMATH, error_model="numpy", nogil=True)(self._function)
+            dispatcher._cache = DiskCache(f"{self.__module__.rpartition('.')[2]}.{self.__qualname__}")
+            dispatcher.compile(types.void(*self._types(dtype)))
             dispatcher.disable_compile()
-            self._compiled[key] = dispatcher
-        return self._compiled[key]
+            self._compiled[dtype] = dispatcher
+        return self._compiled[dtype]
 
-    def __call__(self, work: float, *args: Any) -> None:
-        parallel = work > SERIAL_WORK and threads.parallel()
-        self.twin(args[0].dtype, parallel)(*args)
+    def launcher(self, dtype: np.dtype[Any]) -> tuple[Any, int]:
+        """What calls the function for every item, items side by side, and the address that it calls."""
+        if dtype not in self._launchers:
+            (result,) = self.compiled(dtype).overloads.values()
+            address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+            dispatcher = njit(nogil=True, parallel=True)(_launch)
+            dispatcher._cache = DiskCache("launch")
+            dispatcher.compile(types.void(types.int64, types.int64, types.Tuple(self._types(dtype)[2:])))
+            dispatcher.disable_compile()
+            self._launchers[dtype] = dispatcher, address
+        return self._launchers[dtype]
+
+    def __call__(self, work: float, items: int, *args: Any) -> None:
+        dtype = args[0].dtype
+        if items > 1 and work > SERIAL_WORK and threads.parallel():
+            launch, address = self.launcher(dtype)
+            launch(address, items, args)
+        else:
+            self.compiled(dtype)(0, items, *args)
+
+
+def _launch(address, items, args):
+    for item in prange(items):
+        _call(address, item, item + 1, args)
+
+
+@intrinsic
+def _call(typing_context, address, first, last, args):
+    """Call the compiled function at an address: nothing of it is compiled again."""
+
+    def emit(context, builder, signature, values):
+        position, *rest = values
+        kinds = (first, last, *args.types)
+        pointer = context.call_conv.get_function_type(types.void, kinds).as_pointer()
+        operands = [*rest[:-1], *cgutils.unpack_tuple(builder, rest[-1])]
+        function = builder.inttoptr(position, pointer)
+        status, _ = context.call_conv.call_function(builder, function, types.void, kinds, operands)
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(address, first, last, args), emit
 
 
 kernel = Kernel

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from mixers.backend import Kernel, Support
-from mixers.problem import Problem
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array
 
 
 class NumbaKernel(Kernel):
@@ -49,3 +50,35 @@ class Partial:
         """Add the summands."""
         if self._gradient is not None and self.array is not None and self._parts != 1:
             np.add.reduce(self.array, axis=0, out=self._gradient)
+
+
+def rows_of(array: Array) -> Array:
+    """Checkpoints ``[B,P,H,K,V]`` as ``[B·P,H,K,V]``; None stays None."""
+    return None if array is None else array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+
+
+def blank_unused(problem: Problem, x: Arrays, out: Arrays, names: tuple[str, ...]) -> None:
+    """Zeros in the checkpoint rows behind the last one of a pack."""
+    every, offsets = problem.flags.checkpoint_every, x.get("offsets")
+    if every and offsets is not None:
+        used = int(np.sum(np.diff(offsets) // every))
+        for name in names:
+            rows_of(out[name])[used:] = 0
+
+
+def grouped(problem: Problem, dx: Arrays) -> tuple[Array, Array]:
+    """Where dq and dk go, a value head each: the gradients themselves, or partial sums of a group."""
+    s = problem.sizes
+    if s.G == s.H:
+        return dx["q"], dx["k"]
+    shape = (s.B, s.T, s.H, s.K)
+    return np.empty(shape, dx["q"].dtype), np.empty(shape, dx["k"].dtype)
+
+
+def gather(problem: Problem, dx: Arrays, dq: Array, dk: Array) -> None:
+    """Sum the partial gradients of a group of value heads."""
+    s = problem.sizes
+    if s.G != s.H:
+        shape = (s.B, s.T, s.G, s.H // s.G, s.K)
+        np.sum(dq.reshape(shape), axis=3, out=dx["q"])
+        np.sum(dk.reshape(shape), axis=3, out=dx["k"])

@@ -61,21 +61,3 @@ def checkpoint_row(sequence, tokens, every, offsets):
     for before in range(sequence):
         row += (offsets[before + 1] - offsets[before]) // every
     return row
-
-
-@device
-def load_tile(source, tile, ld):
-    """Copy ``source [rows, columns]`` of any layout into ``tile`` with leading dimension ``ld``."""
-    rows, columns = source.shape
-    for i in range(rows):
-        for j in range(columns):
-            tile[i * ld + j] = source[i, j]
-
-
-@device
-def store_tile(tile, target, ld):
-    """Copy ``tile`` back into ``target [rows, columns]``."""
-    rows, columns = target.shape
-    for i in range(rows):
-        for j in range(columns):
-            target[i, j] = tile[i * ld + j]

@@ -17,9 +17,7 @@ holds zeros). ``matmul_tb`` works on whole vectors of the sum instead: rows of `
 import numpy as np
 
 from .compile import device
-from .simd import NARROW, WIDE, fma, lanes, load, mul, splat, store, store_totals, zeros
-
-HALF = 2 * NARROW
+from .simd import NARROW, PAIR, WIDE, fma, lanes, load, mul, splat, store, store_totals, zeros
 
 
 def _panel(width, rows):
@@ -108,7 +106,7 @@ def _panel(width, rows):
 
 # 16 accumulators of one hardware vector each, or 8 for the last column.
 _wide = _panel(WIDE, 4)
-_half = _panel(HALF, 8)
+_half = _panel(PAIR, 8)
 _narrow = _panel(NARROW, 8)
 
 
@@ -116,7 +114,7 @@ _narrow = _panel(NARROW, 8)
 def _product(out, ldo, a, row, step, b, ldb, m, n, k, alpha, beta):
     """``out += a · b`` where element (i, p) of ``a`` lies at ``i * row + p * step``."""
     wide = lanes(out, WIDE)
-    half = lanes(out, HALF)
+    half = lanes(out, PAIR)
     col = 0
     while n - col > wide - lanes(out, NARROW):
         _wide(out, ldo, a, row, step, b, ldb, m, col, k, alpha, beta)

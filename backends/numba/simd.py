@@ -24,6 +24,7 @@ _FLAGS = ("reassoc", "contract", "nsz", "arcp")
 _FEATURES = binding.get_host_cpu_features()
 
 NARROW = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx2") else 16
+PAIR = 2 * NARROW
 WIDE = 4 * NARROW
 
 
@@ -283,7 +284,6 @@ def _emit_named(name):
 choose = _elementwise(_emit_choose, 4, "``x`` where ``a < b``, else ``y``.")
 sqrt = _elementwise(_emit_named("sqrt"), 1, "The square root.")
 absolute = _elementwise(_emit_named("fabs"), 1, "The absolute value.")
-
 
 # e^x = 2^n e^f with n = round(x / ln 2) and |f| <= ln(2)/2; e^f = 1 + f + f^2 p(f). Per element size in bits: the terms
 # of p from the highest down, ln 2 as a short and a long part, the exponent's bias and position, and the least x.

@@ -1,7 +1,7 @@
 """May a kernel run on several threads here?
 
 Numba's thread layers differ: ``omp`` kills a forked child that enters it, ``workqueue`` aborts when two threads use it
-at once, ``tbb`` minds neither. A kernel therefore runs its serial twin in a forked process (a DataLoader worker) and
+at once, ``tbb`` minds neither. A kernel therefore runs on one thread in a forked process (a DataLoader worker) and
 wherever only ``workqueue`` is left.
 """
 
@@ -41,5 +41,5 @@ def layer() -> str:
 
 
 def parallel() -> bool:
-    """Whether the parallel twin of a kernel may run in this process."""
+    """Whether a kernel may spread over threads in this process."""
     return not _forked and config.NUMBA_NUM_THREADS > 1 and layer() != "workqueue"

@@ -7,6 +7,7 @@ them names a mixer or a kernel: a new one has its tests at once.
 
 import importlib.util
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -91,12 +92,24 @@ def share(cases: list[Case], every: int) -> list[Case]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fill in ``case``, ``subject`` and ``kernel_subject``."""
+    config = metafunc.config
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases(metafunc.config, metafunc.module.LAWS), ids=str)
+        _parametrize(metafunc, "case", cases(config, metafunc.module.LAWS))
     if "subject" in metafunc.fixturenames:
-        metafunc.parametrize("subject", subjects(metafunc.config), ids=str)
+        _parametrize(metafunc, "subject", subjects(config))
     if "kernel_subject" in metafunc.fixturenames:
-        metafunc.parametrize("kernel_subject", [s for s in subjects(metafunc.config) if s.kernel], ids=str)
+        _parametrize(metafunc, "kernel_subject", [s for s in subjects(config) if s.kernel])
+
+
+def _parametrize(metafunc: pytest.Metafunc, name: str, values: Sequence[Case | Subject]) -> None:
+    """With ``--dist loadgroup`` one process has all tests of a kernel, so that no other compiles it as well."""
+
+    def group(value: Case | Subject) -> str:
+        spec = value.spec if isinstance(value, Subject) else value.setting.spec
+        return value.kernel.name if value.kernel else spec.name
+
+    marked = [pytest.param(v, id=str(v), marks=pytest.mark.xdist_group(group(v))) for v in values]
+    metafunc.parametrize(name, marked)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
