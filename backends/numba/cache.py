@@ -8,6 +8,7 @@ llvmlite and the CPU; a folder that cannot be written gives way to a temporary o
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import pickle
 import tempfile
@@ -19,6 +20,8 @@ import numba
 import platformdirs
 from llvmlite import binding
 from numba.core import caching, compiler, serialize
+
+log = logging.getLogger("mixers")
 
 HOME = Path(__file__).parent
 
@@ -77,6 +80,7 @@ class DiskCache(caching._Cache):
             payload = pickle.loads(self._file(sig).read_bytes())
             return compiler.CompileResult._rebuild(target_context, *payload)
         except Exception:  # missing, damaged or truncated: whatever it is, compiling again mends it
+            log.info("compiling %s, once for this machine; kept in %s", self._name, folder())
             return None
 
     def save_overload(self, sig, data) -> None:

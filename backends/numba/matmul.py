@@ -110,6 +110,11 @@ _half = _panel(PAIR, 8)
 _narrow = _panel(NARROW, 8)
 
 
+# Every type of an argument is a compilation, and a literal is a type of its own: ``alpha`` and ``beta`` go on in the
+# working type, a step of 1 as a plain number.
+_ONE = np.int64(1)
+
+
 @device
 def _product(out, ldo, a, row, step, b, ldb, m, n, k, alpha, beta):
     """``out += a · b`` where element (i, p) of ``a`` lies at ``i * row + p * step``."""
@@ -129,13 +134,13 @@ def _product(out, ldo, a, row, step, b, ldb, m, n, k, alpha, beta):
 @device
 def matmul(out, ldo, a, lda, b, ldb, m, n, k, alpha, beta):
     """``out[m, n] = alpha · a[m, k] · b[k, n] + beta · out``."""
-    _product(out, ldo, a, lda, 1, b, ldb, m, n, k, alpha, beta)
+    _product(out, ldo, a, lda, _ONE, b, ldb, m, n, k, out.dtype.type(alpha), out.dtype.type(beta))
 
 
 @device
 def matmul_ta(out, ldo, a, lda, b, ldb, m, n, k, alpha, beta):
     """``out[m, n] = alpha · a[k, m]ᵀ · b[k, n] + beta · out``."""
-    _product(out, ldo, a, 1, lda, b, ldb, m, n, k, alpha, beta)
+    _product(out, ldo, a, _ONE, lda, b, ldb, m, n, k, out.dtype.type(alpha), out.dtype.type(beta))
 
 
 @device
@@ -191,9 +196,12 @@ def _dots(sums, a, i0, i1, i2, i3, b, j0, j1, j2, j3, k):
 @device
 def matmul_tb(out, ldo, a, lda, b, ldb, m, n, k, alpha, beta):
     """``out[m, n] = alpha · a[m, k] · b[n, k]ᵀ + beta · out``."""
+    _product_tb(out, ldo, a, lda, b, ldb, m, n, k, out.dtype.type(alpha), out.dtype.type(beta))
+
+
+@device
+def _product_tb(out, ldo, a, lda, b, ldb, m, n, k, scale, keep):
     sums = np.empty(16, out.dtype)
-    scale = out.dtype.type(alpha)
-    keep = out.dtype.type(beta)
     for j in range(0, n, 4):
         # Past the edge the last row stands in, and its result is dropped.
         j1, j2, j3 = min(j + 1, n - 1) * ldb, min(j + 2, n - 1) * ldb, min(j + 3, n - 1) * ldb
@@ -204,7 +212,7 @@ def matmul_tb(out, ldo, a, lda, b, ldb, m, n, k, alpha, beta):
             for r in range(min(4, m - i)):
                 at = (i + r) * ldo + j
                 if columns == 4:
-                    if beta != 0:
+                    if keep != 0:
                         for c in range(4):
                             out[at + c] = scale * sums[4 * r + c] + keep * out[at + c]
                     else:
@@ -212,5 +220,5 @@ def matmul_tb(out, ldo, a, lda, b, ldb, m, n, k, alpha, beta):
                             out[at + c] = scale * sums[4 * r + c]
                 else:
                     for c in range(columns):
-                        old = out[at + c] if beta != 0 else out.dtype.type(0)
+                        old = out[at + c] if keep != 0 else out.dtype.type(0)
                         out[at + c] = scale * sums[4 * r + c] + keep * old
