@@ -3,13 +3,8 @@
 import argparse
 import json
 import logging
-import os
 import time
 from pathlib import Path
-
-# torch and Numba each have threads of their own: those that wait must not spin on the cores that the others need.
-# This is read when the libraries load.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
