@@ -94,7 +94,7 @@ class Case:
             if not arg.optional or arg.name in self.optional:
                 count = math.prod(sizes.shape(" ".join(arg.layouts[0]))) * self.tokens / (self.batch * self.length)
                 inputs += count * (item if arg.name in "qkv" else wide)
-        width = self.value_dim if self.mixer != "ttt_linear" else self.key_dim
+        width = self.value_dim if self.spec.arg("v").layouts[0][-1] == "V" else self.key_dim
         output = self.tokens * self.heads * width * item
         state = 0.0
         if self.spec.reserve is None:

@@ -30,6 +30,7 @@ RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 
 LATTICE = Case("lattice", 1, 1024, 8, 64, 64)
 DELTA = Case("delta_rule", 1, 2048, 8, 64, 64)
+OURS = ours.Way("numba")  # the kernel that a user gets
 CHUNK_16 = (("chunk_size", 16),)
 
 
@@ -81,41 +82,30 @@ def duel(item: Duel, rounds: int, rates: floor.Rates) -> dict[str, Any]:
     case, other = item.case, item.peer_case or item.case
     arrays = inputs.draw(case.spec, case.sizes)
     entrants = peers.build(other, arrays, item.peers)
-    ways = list(ours.ways(case.mixer, ["numba"]))
-    own = {}
-    for way in ways:
-        run = ours.build(case, arrays, way)
-        try:
-            run()
-        except ValueError:
-            continue
-        own[way.name] = run
-    if not own:
-        return {"title": item.title, "skipped": "no kernel of ours takes it"}
-    way = timing.fastest(own)
+    mine = ours.build(case, arrays, OURS)
     if not entrants:
         return {"title": item.title, "skipped": "no peer is installed"}
     peer = timing.fastest(entrants)
-    times = timing.alternate({"ours": own[way], "peer": entrants[peer]}, rounds)
-    mine, theirs = times["ours"], times["peer"]
-    by_turn = [b / a for a, b in zip(mine.turns, theirs.turns, strict=True)]
+    times = timing.alternate({"ours": mine, "peer": entrants[peer]}, rounds)
+    own, theirs = times["ours"], times["peer"]
+    by_turn = [b / a for a, b in zip(own.turns, theirs.turns, strict=True)]
     return {
         "title": item.title,
         "case": case.label,
         "pass": case.kind,
-        "ours": way,
+        "ours": OURS.mixer(case).explain(**{n: a for n, a in arrays.items() if n != "dy"}).chosen.name,
         "peer": peer,
-        "ours_seconds": mine.median,
-        "ours_spread": mine.spread,
+        "ours_seconds": own.median,
+        "ours_spread": own.spread,
         "peer_seconds": theirs.median,
         "peer_spread": theirs.spread,
-        "ratio": theirs.median / mine.median,
+        "ratio": theirs.median / own.median,
         "ratio_worst_turn": min(by_turn),
         "ratio_best_turn": max(by_turn),
         "target": item.target,
-        "gflops": case.flops / mine.median / 1e9,
-        "sgemm_fraction": case.flops / mine.median / rates.matmul,
-        "floor_fraction": rates.floor(case) / mine.median,
+        "gflops": case.flops / own.median / 1e9,
+        "sgemm_fraction": case.flops / own.median / rates.matmul,
+        "floor_fraction": rates.floor(case) / own.median,
     }
 
 
@@ -141,7 +131,7 @@ def growth(mixer: str, first: int = 10, last: int = 16) -> dict[str, Any]:
     seconds: dict[int, float] = {}
     for power in range(first, last + 1):
         case = Case(mixer, 1, 2**power, 8, 64, 64, TRAIN)
-        run = ours.build(case, inputs.draw(case.spec, case.sizes), next(ours.ways(mixer, ["numba"])))
+        run = ours.build(case, inputs.draw(case.spec, case.sizes), OURS)
         seconds[2**power] = statistics.median(timing.turn(run) for _ in range(3))
     per_token = [s / t for t, s in seconds.items()]
     slope = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)[0]
@@ -157,7 +147,7 @@ def growth(mixer: str, first: int = 10, last: int = 16) -> dict[str, Any]:
 def step(mixer: str) -> dict[str, Any]:
     """Seconds of one token on NumPy arrays, everything included."""
     case = Case(mixer, 1, 1, 8, 64, 64, STEP)
-    run = ours.build(case, inputs.draw(case.spec, case.sizes), next(ours.ways(mixer, ["numba"])))
+    run = ours.build(case, inputs.draw(case.spec, case.sizes), OURS)
     turns = [timing.turn(run, seconds=0.1, calls=1000) for _ in range(9)]
     return {"mixer": mixer, "seconds": statistics.median(turns), "fastest": min(turns), "target": 100e-6}
 
@@ -330,7 +320,7 @@ def main() -> None:
     found["rates"] = {"copy_bytes_per_second": rates.copy, "sgemm_flops_per_second": rates.matmul}
     print(f"copy {rates.copy / 1e9:.1f} GB/s, sgemm {rates.matmul / 1e9:.0f} GFLOP/s\n")
 
-    every = chosen.mixers or [m for m in mixers.names() if list(ours.ways(m, ["numba"]))]
+    every = chosen.mixers or list(mixers.names())
     linear = [m for m in every if mixers.get_spec(m).reserve is None]
     work: dict[str, tuple[Callable[[Any], dict[str, Any]], Any, Callable[[Any], None]]] = {
         "speed": (lambda item: duel(item, chosen.rounds, rates), DUELS, _print_duels),

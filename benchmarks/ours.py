@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import mixers
-from benchmarks.case import FORWARD, STEP, Case
+from benchmarks.case import FORWARD, STEP, TRAIN, Case
 from benchmarks.inputs import Arrays, convert
 from benchmarks.peers import Run
-from mixers.backend import installed
-from mixers.mixer import Mixer, Plan
-from mixers.problem import Problem
+from mixers.backend import Kernel, installed
+from mixers.check import Pinned
+from mixers.mixer import Mixer
+from mixers.problem import Flags, Problem
 
 REFERENCE = "reference"
 # The reference is the truth, not a kernel: timed on few tokens, so that its distance shows.
@@ -19,73 +20,56 @@ REFERENCE_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a mixer: a backend, the form of its kernel, and the library of the arrays."""
+    """One way to run a mixer: one kernel, or whatever a backend chooses."""
 
     backend: str
-    form: str
-    library: str
+    kernel: Kernel | None = None
+
+    @property
+    def library(self) -> str:
+        """Whose arrays it is timed on."""
+        return self.kernel.arrays if self.kernel else "numpy"
 
     @property
     def name(self) -> str:
         """As the report prints it."""
-        return f"{self.backend} {self.form} on {self.library}"
+        return f"{self.backend} {self.kernel.form}" if self.kernel else self.backend
+
+    def mixer(self, case: Case) -> Mixer:
+        """The mixer that goes this way."""
+        if self.kernel is None:
+            return mixers.get(case.mixer, backend=self.backend, **dict(case.options))
+        return Pinned(case.spec, self.backend, self.kernel, dict(case.options))
 
 
-class Forced(Mixer):
-    """A mixer that takes a kernel of one form only."""
-
-    form: str
-
-    def plan(self, problem: Problem) -> Plan:
-        """The backend's first kernel of the form that can.
-
-        Raises:
-            ValueError: none can; the message lists every reason.
-        """
-        if problem in self._plans:
-            return self._plans[problem]
-        refused = []
-        for kernel in installed()[self.backend].kernels():
-            if problem.spec.name in kernel.mixers and kernel.form == self.form:
-                support = kernel.supports(problem)
-                if support:
-                    plan = self._plans[problem] = Plan(self.backend, kernel, kernel.configs(problem)[0])
-                    return plan
-                refused.append(f"{kernel.name}: {support.reason}")
-        raise ValueError("; ".join(refused) or f"{self.backend} has no {self.form} kernel of {problem.spec.name}")
-
-
-def ways(mixer: str, backends: list[str] | None = None) -> Iterator[Way]:
-    """Every backend and form that claims a mixer on this machine."""
+def ways(case: Case, backends: list[str] | None = None) -> Iterator[Way]:
+    """Every kernel on this machine that takes a case, and the reference where it is named and has what is asked."""
     for name, backend in installed().items():
         if (backends is None or name in backends) and backend.status():
-            kernels = [kernel for kernel in backend.kernels() if mixer in kernel.mixers]
-            for form, library in dict.fromkeys((kernel.form, kernel.arrays) for kernel in kernels):
-                yield Way(name, form, library)
-    if backends is not None and REFERENCE in backends:
-        yield Way(REFERENCE, "loop", "numpy")
+            for kernel in backend.kernels():
+                if case.mixer in kernel.mixers and kernel.supports(_problem(case, kernel)):
+                    yield Way(name, kernel)
+    if REFERENCE in (backends or []) and case.kind != TRAIN and case.length <= REFERENCE_TOKENS:
+        yield Way(REFERENCE)
 
 
-def refuses(case: Case, way: Way) -> str:
-    """Why a case is not run in some way; empty where it is."""
-    if way.backend == REFERENCE:
-        if case.kind not in (FORWARD, STEP):
-            return "the reference has no gradients on NumPy arrays"
-        return f"the reference is timed up to {REFERENCE_TOKENS} tokens" if case.length > REFERENCE_TOKENS else ""
-    return ""
+def _problem(case: Case, kernel: Kernel) -> Problem:
+    present = [a for a in (*case.spec.inputs[3:], *case.spec.parameters) if not a.optional or a.name in case.optional]
+    return Problem.of(
+        case.spec,
+        case.option,
+        case.sizes,
+        Flags(grad=case.kind == TRAIN),
+        layouts=tuple((arg.name, " ".join(arg.layouts[0])) for arg in present),
+        dtype=case.dtype,
+        library=kernel.arrays,
+        device=case.device,
+    )
 
 
 def build(case: Case, arrays: Arrays, way: Way) -> Run:
-    """What gets timed: arrays handed over, the plan made, code compiled.
-
-    Raises:
-        ValueError: the way cannot serve, with its reasons.
-    """
-    mix = mixers.get(case.mixer, backend=way.backend, **dict(case.options))
-    if way.library == "numpy" and way.backend != REFERENCE:
-        forced = Forced(mix.spec, way.backend, dict(case.options))
-        forced.form = way.form
-        mix = forced
+    """What gets timed: arrays handed over, the plan made, code compiled."""
+    mix = way.mixer(case)
     x = convert(arrays, way.library, case.dtype, case.device)
     dy = x.pop("dy")
     if case.kind == STEP:
