@@ -33,6 +33,7 @@ from .lattice_slots import (
     W,
     Z,
     advance,
+    cut_empty,
     fetch_strengths,
     measure,
     predict,
@@ -315,14 +316,7 @@ def _backward_head(
     )  # fmt: skip
     deposit_tile(carry, dinitial, ld)
     if v.shape[0]:
-        for i in range(count):
-            empty = True
-            for j in range(v.shape[1]):
-                if initial[i, j] != 0:
-                    empty = False
-                    break
-            if empty:
-                dinitial[i, :] = 0
+        cut_empty(initial, dinitial)
 
 
 @leaf

@@ -34,7 +34,7 @@ from .lattice_chunk_slots import (
     prepare,
     unit_rows,
 )
-from .lattice_slots import DECODING, ENCODING, adopt_rows
+from .lattice_slots import DECODING, ENCODING, adopt_rows, cut_empty
 from .layout import checkpoint_row, kept_row, padded, scratch, span, zeroed
 from .matmul import matmul, matmul_ta, matmul_tb
 from .simd import NARROW, add, fma, lanes, load, mul, splat, store, store_totals, sub, total, zeros
@@ -370,11 +370,8 @@ def _backward_head(
     deposit_tile(dphi, dfirst_start, ld)
     deposit_tile(carry, dfirst_now, ld)
     if tokens:
-        for i in range(count):
-            if not start[i].any():
-                dfirst_start[i, :] = 0
-            if not now[i].any():
-                dfirst_now[i, :] = 0
+        cut_empty(start, dfirst_start)
+        cut_empty(now, dfirst_now)
 
 
 @kernel

@@ -7,6 +7,7 @@ import numpy as np
 
 from .compile import device, leaf
 from .lattice_slots import DECODING, ENCODING
+from .layout import epsilon, smallest_normal
 from .matmul import matmul, matmul_tb
 from .simd import (
     NARROW,
@@ -111,7 +112,7 @@ def inverse_norms(s, at, ld, first, last, record, inv, work, kp):
     Squares that are close to underflow are measured again, in units of the row's largest element.
     """
     step = lanes(s, NARROW)
-    tiny = np.finfo(s.dtype).tiny / np.finfo(s.dtype).eps
+    tiny = smallest_normal(s) / epsilon(s)
     one = splat(s, 1, NARROW)
     square = load(work, SQUARE * kp + first, NARROW)
     least = splat(s, tiny, NARROW)
@@ -129,7 +130,7 @@ def inverse_norms(s, at, ld, first, last, record, inv, work, kp):
             for j in range(1, step):
                 most = max(most, work[SQUARE * kp + first + j])
             store(work, SQUARE * kp + first, square)
-            if most < 16 * np.finfo(s.dtype).tiny:  # 1 / ρ would overflow
+            if most < 16 * smallest_normal(s):  # 1 / ρ would overflow
                 voids += 1
                 record[inv + i] = 0
                 fill(s, at + i * ld, ld, 0)

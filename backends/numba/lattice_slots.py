@@ -6,6 +6,7 @@ Notation of ``lattice``; forward and backward share it. Vectors of slots lie one
 import numpy as np
 
 from .compile import leaf
+from .layout import epsilon, smallest_normal
 from .simd import (
     NARROW,
     PAIR,
@@ -54,6 +55,18 @@ def adopt_rows(tile, ld, directions):
         if empty:
             for j in range(columns):
                 tile[i * ld + j] = directions[i, j]
+
+
+@leaf
+def cut_empty(slots, gradient):
+    """No gradient reaches rows of zeros, for which others stood in."""
+    rows, columns = slots.shape
+    for i in range(rows):
+        j = 0
+        while j < columns and slots[i, j] == 0:
+            j += 1
+        if j == columns:
+            gradient[i, :] = 0
 
 
 @leaf
@@ -179,7 +192,7 @@ def weigh(record, at, kp, mu, hh, encoding):
     one = splat(record, 1, NARROW)
     nought = zeros(record, NARROW)
     two = splat(record, 2, NARROW)
-    tiny = splat(record, np.finfo(record.dtype).tiny * 16, NARROW)
+    tiny = splat(record, smallest_normal(record) * 16, NARROW)
     part = splat(record, CANCELS, NARROW)
     decay = splat(record, mu, NARROW)
     square_h = splat(record, hh, NARROW)
@@ -222,8 +235,8 @@ def turn_carefully(
     A row of zeros, or of rounding noise alone, becomes its first direction. The rows at ``target`` are the new ones,
     and the coefficients only read them.
     """
-    eps = np.finfo(record.dtype).eps
-    tiny = np.finfo(record.dtype).tiny * 16
+    eps = epsilon(record)
+    tiny = smallest_normal(record) * 16
     zero = record.dtype.type(0)
     one = record.dtype.type(1)
     rows, columns = directions.shape

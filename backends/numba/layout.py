@@ -6,7 +6,7 @@ padding, so that an inner loop needs no tail. ``ld`` (leading dimension) is such
 
 import numpy as np
 
-from .compile import device
+from .compile import device, leaf
 from .simd import NARROW, lanes
 
 _LINE = 64
@@ -27,6 +27,18 @@ def zeroed(size, like):
     buffer = scratch(size, like)
     buffer[:] = 0
     return buffer
+
+
+@leaf
+def epsilon(like):
+    """The distance from 1 to the next number of ``like``'s dtype; ``np.finfo`` would load SciPy with the kernel."""
+    return like.dtype.type(2.0**-23 if like.itemsize == 4 else 2.0**-52)
+
+
+@leaf
+def smallest_normal(like):
+    """The smallest normal number of ``like``'s dtype."""
+    return like.dtype.type(2.0**-126 if like.itemsize == 4 else 2.0**-1022)
 
 
 @device
