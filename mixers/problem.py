@@ -15,6 +15,7 @@ other length. Arrays travel beside it in plain dictionaries, under these names:
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +126,15 @@ class Problem:
 
     def outputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every array that a forward pass fills."""
-        return outputs(self.spec, self.option, self.sizes, self.flags, self.dtype)
+        return _outputs(self.spec, self.options, self.sizes, self.flags, self.dtype)
+
+
+# A decoded token asks for the same shapes again and again.
+@functools.lru_cache(maxsize=1024)
+def _outputs(
+    spec: MixerSpec, options: tuple[tuple[str, Any], ...], sizes: Sizes, flags: Flags, dtype: str
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    return outputs(spec, dict(options), sizes, flags, dtype)
 
 
 def outputs(

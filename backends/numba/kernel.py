@@ -1,5 +1,6 @@
 """What every kernel of this backend has in common: where it runs, arrays that were left out, gradients in parts."""
 
+import functools
 from abc import abstractmethod
 from typing import Any
 
@@ -30,7 +31,12 @@ class NumbaKernel(Kernel):
 
 def given(array: np.ndarray | None, ndim: int, dtype: Any) -> np.ndarray:
     """The array, or an empty one of ``ndim`` axes where it was left out: compiled kernels know no None."""
-    return np.empty((0,) * ndim, dtype) if array is None else array
+    return _empty(ndim, dtype) if array is None else array
+
+
+@functools.cache
+def _empty(ndim: int, dtype: Any) -> np.ndarray:
+    return np.empty((0,) * ndim, dtype)
 
 
 class Partial:
