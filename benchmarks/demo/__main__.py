@@ -21,7 +21,7 @@ SAMPLE = 400
 def main() -> None:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=45.0, help="training time of each model")
+    parser.add_argument("--seconds", type=float, default=38.0, help="training time of each model")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the checkpoint and the curves")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
