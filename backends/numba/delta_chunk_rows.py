@@ -41,13 +41,6 @@ def times(m, to, a, b, width):
 
 
 @device
-def add_times(m, to, a, b, width):
-    """``to += a ∘ b``, padded rows."""
-    for i in range(0, width, lanes(m, NARROW)):
-        store(m, to + i, fma(load(m, a + i, NARROW), load(m, b + i, NARROW), load(m, to + i, NARROW)))
-
-
-@device
 def copy(m, to, a, width):
     """``to = a``, padded rows."""
     for i in range(0, width, lanes(m, NARROW)):
