@@ -96,7 +96,8 @@ class Kernel:
         """The function on items ``begin`` to ``end``, on this thread."""
         if dtype not in self._compiled:
             dispatcher = njit(fastmath=FASTMATH, error_model="numpy", nogil=True)(self._function)
-            dispatcher._cache = DiskCache(f"{self.__module__.rpartition('.')[2]}.{self.__qualname__}")
+            family = self._function.__module__.rpartition(".")[2]
+            dispatcher._cache = DiskCache(f"{family}.{self._function.__qualname__}")
             dispatcher.compile(types.void(*self._types(dtype)))
             dispatcher.disable_compile()
             self._compiled[dtype] = dispatcher
