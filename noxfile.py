@@ -58,6 +58,7 @@ def types(session: nox.Session) -> None:
         session.run("python", "-m", "build", "--outdir", elsewhere, silent=True)
         (wheel,) = Path(elsewhere).glob("*.whl")
         session.install(*PINS, f"{wheel}[torch,jax]")
+        session.install("--force-reinstall", "--no-deps", str(wheel))  # of the same version, yet another one
         with session.chdir(elsewhere):
             session.run("mypy", "--strict", "-p", "mixers", "--config-file", str(settings))
 
