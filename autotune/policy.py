@@ -92,3 +92,9 @@ def choose(problem: Problem, backend: str) -> Candidate:
         f"backend={backend!r} cannot run {problem.spec.name} on {problem.library} arrays ({problem.device}): "
         f"{reasons}. backend='auto' takes whatever can"
     )
+
+
+def choose_in_place(problem: Problem, backend: str) -> Candidate | None:
+    """The first candidate that can and decodes on a pool itself; None where there is none."""
+    able = (c for c in candidates(problem, backend) if c.support and c.kernel is not None and c.kernel.in_place)
+    return next(able, None)

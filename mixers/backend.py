@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mixers.problem import Arrays, Problem
+from mixers.spec import Array
 
 Config = Mapping[str, int]
 """A kernel's configuration: named whole numbers."""
@@ -39,6 +40,23 @@ class Support:
         return not self.reason
 
 
+@dataclass(frozen=True)
+class Pool:
+    """States that a kernel reads and writes where they are; see ``Mixer.decode``.
+
+    Attributes:
+        arrays: one array ``[slots, ...]`` for each field of a state, of any strides.
+        slots: ``[B]`` whole numbers, −1 for padding.
+        out_slots: ``[B]``, where states are written.
+        fresh: ``[B]`` booleans, or None.
+    """
+
+    arrays: tuple[Array, ...]
+    slots: Array
+    out_slots: Array
+    fresh: Array | None
+
+
 class Kernel(ABC):
     """One way to run a set of problems.
 
@@ -46,13 +64,17 @@ class Kernel(ABC):
         name: unique in its backend, as ``"delta.recurrent"``.
         form: ``"recurrent"`` or ``"chunk"``.
         mixers: the names of the mixers that it runs.
-        arrays: the library whose arrays it takes: ``"numpy"``, ``"torch"`` or ``"jax"``.
+        arrays: the library whose arrays it takes: ``"numpy"``, ``"torch"`` or ``"jax"``. A kernel of NumPy arrays is
+            given them in the working dtype; any other takes arrays as the caller passed them, fills outputs in their
+            final dtype and gradients in that of their inputs, and does without ``kept.*``.
+        in_place: it has ``decode``.
     """
 
     name: str
     form: str
     mixers: frozenset[str]
     arrays: str
+    in_place: bool = False
 
     @abstractmethod
     def supports(self, problem: Problem) -> Support:
@@ -78,6 +100,13 @@ class Kernel(ABC):
         where nothing flows back. Gradients of a shared first state come as ``[N, ...]``; the caller sums them.
         """
 
+    def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y`` from states in a pool, and the pool with what becomes of them.
+
+        ``x`` holds the inputs, and as ``initial.*`` the first state, for sequences that start afresh.
+        """
+        raise NotImplementedError(f"{self.name} does not write pools in place")
+
 
 class Backend(Protocol):
     """A set of kernels.
@@ -86,11 +115,13 @@ class Backend(Protocol):
         name: as in ``mixers.get(..., backend=name)``.
         summary: where it runs, in a line.
         preference: ``auto`` asks backends in falling order of this number.
+        recomputes: its kernels keep nothing for a backward, which computes their states again.
     """
 
     name: str
     summary: str
     preference: int
+    recomputes: bool
 
     def status(self) -> Support:
         """Whether it works on this machine."""

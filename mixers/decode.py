@@ -2,6 +2,8 @@
 
     gather pool[slots]  →  run  →  scatter to pool[out_slots]
 
+in one launch where a kernel does so in place, in these three steps where none does.
+
 Slot −1 is padding. Sequences that start afresh take the mixer's first state instead of their slot's.
 """
 
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixers.algebra import device_of
 from mixers.arrays import library_of
+from mixers.backend import Pool
 from mixers.spec import Array
 
 if TYPE_CHECKING:
@@ -46,6 +49,10 @@ def decode(
     target = slots if out_slots is None else out_slots
     for name, given in (("slots", slots), ("out_slots", target)):
         _check_slots(spec.name, library, name, given, batch, room)
+
+    y = library.decode(mixer, {"q": q, "k": k, "v": v, **gates}, Pool(pools, slots, target, fresh))
+    if y is not None:
+        return y
 
     real = slots >= 0
     source = xp.where(real, slots, xp.zeros_like(slots))

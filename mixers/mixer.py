@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mixers.arrays import library_of, prepare
-from mixers.autotune.policy import Candidate, candidates, check_backend, choose
-from mixers.backend import Config, Kernel
+from mixers.autotune.policy import Candidate, candidates, check_backend, choose, choose_in_place
+from mixers.backend import Config, Kernel, Pool, installed
 from mixers.call import Call, validate
 from mixers.problem import Arrays, Flags, Problem
 from mixers.registry import get_spec
@@ -39,12 +39,35 @@ class Plan:
     def forward(self, problem: Problem, x: Arrays, out: Arrays) -> None:
         """Fill ``out``."""
         assert self.kernel is not None
-        self.kernel.forward(problem, self.config, x, out)
+        try:
+            self.kernel.forward(problem, self.config, x, out)
+        except Exception as error:
+            self._name(error, problem)
+            raise
 
     def backward(self, problem: Problem, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill ``dx``."""
         assert self.kernel is not None
-        self.kernel.backward(problem, self.config, x, out, dout, dx)
+        try:
+            self.kernel.backward(problem, self.config, x, out, dout, dx)
+        except Exception as error:
+            self._name(error, problem)
+            raise
+
+    def decode(self, problem: Problem, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y`` and the pool's slots."""
+        assert self.kernel is not None
+        try:
+            self.kernel.decode(problem, self.config, x, pool, y)
+        except Exception as error:
+            self._name(error, problem)
+            raise
+
+    def _name(self, error: Exception, problem: Problem) -> None:
+        """What fails in a kernel says which one, with which configuration, on what."""
+        assert self.kernel is not None
+        config = ", ".join(f"{name}={value}" for name, value in self.config.items()) or "no choices"
+        error.add_note(f"in {self.backend}/{self.kernel.name} ({config}), running {problem}")
 
 
 @dataclass(frozen=True)
@@ -74,11 +97,8 @@ class Explanation:
         return next(c for c in self.candidates if c.support)
 
     def __str__(self) -> str:
-        s, chosen = self.problem.sizes, next((c for c in self.candidates if c.support), None)
-        lines = [
-            f"{self.problem.spec.name} (B={s.B}, T={s.T}, H={s.H}, K={s.K}, V={s.V}), {self.problem.dtype} "
-            f"{self.problem.library} arrays on {self.problem.device}"
-        ]
+        chosen = next((c for c in self.candidates if c.support), None)
+        lines = [str(self.problem)]
         for c in self.candidates:
             mark = "→" if c is chosen else " "
             why = "chosen: the first that can" if c is chosen else c.support.reason or "can, but comes later"
@@ -95,9 +115,18 @@ class Mixer:
         options: every option, resolved.
         backend: as given to ``mixers.get``.
         state_dtype: storage dtype of returned states; empty for float32 (float64 where q is).
+        allow_tf32: float32 products may round their operands to tf32.
+        recomputes: the kernels of an explicit backend compute their states again in the backward.
     """
 
-    def __init__(self, spec: MixerSpec, backend: str, options: dict[str, Any], state_dtype: str = "") -> None:
+    def __init__(
+        self,
+        spec: MixerSpec,
+        backend: str,
+        options: dict[str, Any],
+        state_dtype: str = "",
+        allow_tf32: bool = False,
+    ) -> None:
         """See ``mixers.get``."""
         check_backend(backend)
         if state_dtype not in _STATE_DTYPES:
@@ -106,8 +135,11 @@ class Mixer:
         self.options = spec.resolve(options)
         self.backend = backend
         self.state_dtype = state_dtype
+        self.allow_tf32 = bool(allow_tf32)
+        self.recomputes = backend in installed() and installed()[backend].recomputes
         self._plans: dict[Problem, Plan] = {}
-        self.key = json.dumps([spec.name, backend, self.options, state_dtype])
+        self._plans_in_place: dict[Problem, Plan | None] = {}
+        self.key = json.dumps([spec.name, backend, self.options, state_dtype, self.allow_tf32])
         prepare(self)
 
     def __repr__(self) -> str:
@@ -309,6 +341,14 @@ class Mixer:
         call = self._call(q, k, v, rest, state, pack, True, None)
         call.library.warmup(self, call, grad)
 
+    def flags(self, grad: bool, state: bool, checkpoint_every: int) -> Flags:
+        """What is asked for in a call, and by the mixer's own keywords."""
+        return Flags(grad, False, state, checkpoint_every, self.state_dtype, self.allow_tf32)
+
+    def validated(self, q: Array, k: Array, v: Array, **gates: Array | None) -> Call:
+        """A plain call on whole sequences, checked."""
+        return self._call(q, k, v, gates, None, None, True, None)
+
     def plan(self, problem: Problem) -> Plan:
         """The kernel for a problem, chosen once.
 
@@ -321,6 +361,13 @@ class Mixer:
             plan = self._plans[problem] = Plan(chosen.backend, chosen.kernel, chosen.config or {})
             self._announce(chosen)
         return plan
+
+    def plan_in_place(self, problem: Problem) -> Plan | None:
+        """The kernel that decodes a problem on a pool itself, None where there is none."""
+        if problem not in self._plans_in_place:
+            chosen = choose_in_place(problem, self.backend)
+            self._plans_in_place[problem] = chosen and Plan(chosen.backend, chosen.kernel, chosen.config or {})
+        return self._plans_in_place[problem]
 
     def _announce(self, chosen: Candidate) -> None:
         if self.backend == "auto" and (self.spec.name, chosen.name) not in _announced:
@@ -345,7 +392,7 @@ class Mixer:
         every = checkpoint_every or 0
         if every < 0:
             raise ValueError(f"checkpoint_every={every}; expected a whole number from 1 up, or None")
-        flags = Flags(grad, bool(return_state), every, self.state_dtype)
+        flags = self.flags(grad, bool(return_state), every)
         inputs = {"q": q, "k": k, "v": v, **gates}
         return validate(self.spec, self.options, inputs, state, cu_seqlens, flags, token)
 
@@ -363,7 +410,14 @@ def _sizes(mixer: Mixer, batch: int, heads: int, key_dim: int, value_dim: int | 
     return Sizes(B=batch, T=0, G=key_heads or heads, H=heads, K=key_dim, V=value_dim, N=batch, C=chunk)
 
 
-def get(name: str | MixerSpec, backend: str = "auto", *, state_dtype: str = "", **options: Any) -> Mixer:
+def get(
+    name: str | MixerSpec,
+    backend: str = "auto",
+    *,
+    state_dtype: str = "",
+    allow_tf32: bool = False,
+    **options: Any,
+) -> Mixer:
     """A mixer, ready to call.
 
     Args:
@@ -371,13 +425,14 @@ def get(name: str | MixerSpec, backend: str = "auto", *, state_dtype: str = "", 
         backend: ``auto`` takes the fastest that can and logs its choice once; ``reference`` is the float64-capable
             truth; any other name is explicit and never falls back.
         state_dtype: storage dtype of returned states (``bfloat16``, ``float16``); the arithmetic stays float32.
+        allow_tf32: let kernels on a GPU round the operands of float32 products to tf32: faster, errors near 1e-3.
         options: the mixer's options, as ``chunk_size=16``; see ``mixers.get_spec(name)``.
 
     Raises:
         ValueError: the mixer, backend or option is unknown (the nearest name is offered), or a value is not allowed.
     """
     spec = name if isinstance(name, MixerSpec) else get_spec(name)
-    return Mixer(spec, backend, options, state_dtype)
+    return Mixer(spec, backend, options, state_dtype, allow_tf32)
 
 
 _from_key: dict[str, Mixer] = {}
@@ -386,6 +441,6 @@ _from_key: dict[str, Mixer] = {}
 def from_key(key: str) -> Mixer:
     """The mixer that a ``Mixer.key`` describes."""
     if key not in _from_key:
-        name, backend, options, state_dtype = json.loads(key)
-        _from_key[key] = get(name, backend, state_dtype=state_dtype, **options)
+        name, backend, options, state_dtype, allow_tf32 = json.loads(key)
+        _from_key[key] = get(name, backend, state_dtype=state_dtype, allow_tf32=allow_tf32, **options)
     return _from_key[key]

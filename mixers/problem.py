@@ -31,15 +31,19 @@ class Flags:
 
     Attributes:
         grad: a backward will follow, so keep what it needs.
+        recompute: keep nothing all the same: the kernel computes its states again.
         state: return the last state.
         checkpoint_every: also return states after every so many tokens; 0 for none.
         state_dtype: storage of returned states; empty for the default.
+        allow_tf32: float32 products may round their operands to tf32.
     """
 
     grad: bool = False
+    recompute: bool = False
     state: bool = True
     checkpoint_every: int = 0
     state_dtype: str = ""
+    allow_tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,13 @@ class Problem:
             sizes=sizes,
         )
 
+    def __str__(self) -> str:
+        s = self.sizes
+        return (
+            f"{self.spec.name} (B={s.B}, T={s.T}, H={s.H}, K={s.K}, V={s.V}), {self.dtype} {self.library} arrays on "
+            f"{self.device}"
+        )
+
     @property
     def option(self) -> dict[str, Any]:
         """The options as a dictionary."""
@@ -154,7 +165,7 @@ def outputs(
         result |= {f"final.{f.name}": (grown.shape(f.axes), stored(f)) for f in fields}
     if flags.checkpoint_every:
         result |= {f"checkpoint.{f.name}": (grown.shape(f.axes.replace("N", "B P", 1)), stored(f)) for f in fields}
-    if flags.grad:
+    if flags.grad and not flags.recompute:
         result |= {f"kept.{f.name}": (grown.shape(f.axes), compute) for f in spec.kept(options)}
     return result
 

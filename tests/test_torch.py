@@ -106,7 +106,7 @@ class Spy(Loop):
 class OneKernel:
     """A backend with one kernel."""
 
-    summary, preference = "for these tests", -1
+    summary, preference, recomputes = "for these tests", -1, False
 
     def __init__(self, name: str, kernel: Kernel) -> None:
         self.name, self.kernel = name, kernel

@@ -17,6 +17,7 @@ class NumbaBackend:
     name = "numba"
     summary = "any CPU, NumPy and torch arrays"
     preference = 10
+    recomputes = False
 
     def status(self) -> Support:
         """Whether Numba can be imported."""

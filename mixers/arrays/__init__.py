@@ -14,6 +14,7 @@ from mixers.problem import Arrays
 from mixers.spec import Array
 
 if TYPE_CHECKING:
+    from mixers.backend import Pool
     from mixers.call import Call
     from mixers.mixer import Mixer
     from mixers.packing import Pack
@@ -58,6 +59,9 @@ class Library(Protocol):
     def scatter(self, pools: tuple[Array, ...], state: tuple[Array, ...], where: Array, target: Array) -> None:
         """Write ``state[n]`` to ``pool[target[n]]`` wherever ``where[n]``, in place."""
 
+    def decode(self, mixer: "Mixer", inputs: Arrays, pool: "Pool") -> Array | None:
+        """The outputs of a call whose states live in a pool; None where no kernel works on pools of this library."""
+
     def warmup(self, mixer: "Mixer", call: "Call", grad: bool) -> None:
         """Compile what the call will run."""
 
@@ -98,6 +102,10 @@ def _recognise(array: Any, name: str) -> Library:
 
 def prepare(mixer: "Mixer") -> None:
     """Let every library that is imported already get ready for a mixer."""
-    for name in _TYPES:
-        if name in sys.modules:
-            importlib.import_module(f"mixers.arrays.{name}").library.prepare(mixer)
+    for name, types in _TYPES.items():
+        module = sys.modules.get(name)
+        if module is not None:
+            library = importlib.import_module(f"mixers.arrays.{name}").library
+            library.prepare(mixer)
+            # Known before anything is traced: a tracer cannot look for modules.
+            _known.update({getattr(module, kind): library for kind in types})

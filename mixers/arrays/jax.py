@@ -11,6 +11,7 @@ import numpy as np
 
 from mixers import reference
 from mixers.arrays.numpy import library as host
+from mixers.backend import Pool
 from mixers.call import Call
 from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
@@ -74,6 +75,10 @@ class JAX:
 
     def scatter(self, pools: tuple[Array, ...], state: tuple[Array, ...], where: Array, target: Array) -> None:
         """JAX arrays are immutable; ``decode`` has refused them."""
+
+    def decode(self, mixer: Mixer, inputs: Arrays, pool: Pool) -> Array | None:
+        """No kernel of this library's arrays writes pools."""
+        return None
 
     def warmup(self, mixer: Mixer, call: Call, grad: bool) -> None:
         """Nothing to compile ahead: JAX compiles what is jitted."""

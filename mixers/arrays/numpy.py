@@ -11,6 +11,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from mixers import reference
+from mixers.backend import Pool
 from mixers.call import Call
 from mixers.mixer import Mixer, Plan
 from mixers.packing import Pack, check_offsets
@@ -88,6 +89,10 @@ class NumPy:
         """Write states into their slots."""
         for pool, values in zip(pools, state, strict=True):
             pool[target[where]] = values[where]
+
+    def decode(self, mixer: Mixer, inputs: Arrays, pool: Pool) -> Array | None:
+        """No kernel of this library's arrays writes pools."""
+        return None
 
     def warmup(self, mixer: Mixer, call: Call, grad: bool) -> None:
         """Run once, on zeros where gradients are concerned."""

@@ -19,8 +19,9 @@ import torch
 from mixers import reference
 from mixers.arrays.numpy import fill_first_state as fill_host
 from mixers.arrays.numpy import run_backward, run_forward
+from mixers.backend import Pool
 from mixers.call import Call
-from mixers.mixer import Mixer, from_key
+from mixers.mixer import Mixer, Plan, from_key
 from mixers.packing import Pack, check_offsets
 from mixers.problem import Arrays, Flags, Problem, outputs
 from mixers.result import Result
@@ -103,6 +104,19 @@ class Torch:
         for pool, values in zip(pools, state, strict=True):
             pool[target[where].long()] = values[where].to(pool.dtype)
 
+    def decode(self, mixer: Mixer, inputs: Arrays, pool: Pool) -> Array | None:
+        """One launch on the pool itself, where a kernel takes tensors so."""
+        call = mixer.validated(**inputs)
+        problem = call.problem()
+        plan = mixer.plan_in_place(problem)
+        if plan is None:
+            return None
+        q, (shape, dtype) = call.x["q"], problem.outputs()["y"]
+        y = torch.empty(shape, dtype=getattr(torch, dtype), device=q.device)
+        with torch.no_grad(), torch.cuda.device_of(q):
+            plan.decode(problem, _with_first_state(problem, call.x), pool, y)
+        return y
+
     def warmup(self, mixer: Mixer, call: Call, grad: bool) -> None:
         """Run once on detached inputs, backward too with ``grad``."""
         x = {name: None if a is None else a.detach() for name, a in call.x.items()}
@@ -125,12 +139,18 @@ class Torch:
         if grad and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(_NO_FUNC.format(name=call.spec.name))
         flags = call.flags
-        key = f"{int(grad)}|{int(flags.state)}|{flags.checkpoint_every}|{mixer.key}"
+        # Host kernels keep states; those of a GPU never do.
+        kept = _RECOMPUTE if mixer.recomputes or call.x["q"].device.type != "cpu" else _KEEP
+        key = f"{kept if grad else 0}|{int(flags.state)}|{flags.checkpoint_every}|{mixer.key}"
         results = _operators[operator_name(call.spec, call.options)](*tensors, key)
         return dict(zip(_result_names(call.spec, call.options), results, strict=True))
 
 
 _DTYPE_NAMES = {getattr(torch, name): name for name in ("float64", "float32", "bfloat16", "float16", "int32", "int64")}
+
+
+# Whether a backward follows, in an operator's key: the forward keeps what it needs, or it computes that again.
+_KEEP, _RECOMPUTE = 1, 2
 
 
 def runs_on_reference(mixer: Mixer, call: Call) -> bool:
@@ -212,7 +232,8 @@ def _tensors(spec: MixerSpec, options: Any, x: Arrays) -> list[Array]:
 def _decode_key(key: str) -> tuple[Mixer, Flags]:
     grad, state, every, mixer_key = key.split("|", 3)
     mixer = from_key(mixer_key)
-    return mixer, Flags(grad == "1", state == "1", int(every), mixer.state_dtype)
+    flags = mixer.flags(grad != "0", state == "1", int(every))
+    return mixer, dataclasses.replace(flags, recompute=int(grad) == _RECOMPUTE)
 
 
 def _sizes(spec: MixerSpec, options: Any, x: Arrays) -> Sizes:
@@ -256,37 +277,83 @@ def _parts(arguments: Sequence[Any]) -> tuple[Mixer, Flags, Arrays, Sizes]:
 def _forward(*arguments: Any) -> tuple[Array, ...]:
     """Run a kernel: what the forward operator does on real tensors."""
     mixer, flags, x, sizes = _parts(arguments)
-    spec, options = mixer.spec, mixer.options
-    problem, plan, host = _hand_over(mixer, flags, x, sizes)
-    out = run_forward(plan, problem, host)
-    shapes = problem.outputs()
-    dtype = x["q"].dtype
-    results = []
-    for name in _result_names(spec, options):
-        if name not in shapes:
-            results.append(torch.empty(0))
-            continue
-        tensor = torch.from_numpy(out[name])
-        results.append(tensor.to(dtype) if shapes[name][1] == "bfloat16" else tensor)
-    return tuple(results)
+    problem, plan = _chosen(mixer, flags, x, sizes)
+    out = _forward_here(plan, problem, x) if _takes_tensors(plan) else _forward_on_host(plan, problem, x)
+    names = _result_names(mixer.spec, mixer.options)
+    return tuple(out[n] if n in out else x["q"].new_empty(0, dtype=torch.float32) for n in names)
 
 
-def _hand_over(mixer: Mixer, flags: Flags, x: Arrays, sizes: Sizes) -> tuple[Any, Any, Arrays]:
-    """The problem, its plan, and the tensors as NumPy arrays in the working dtype; no copy where none is needed."""
-    spec, options = mixer.spec, mixer.options
-    x = dict(x)
-    if x["offsets"] is not None:
+def _chosen(mixer: Mixer, flags: Flags, x: Arrays, sizes: Sizes) -> tuple[Problem, Plan]:
+    """The problem of real tensors, and its plan; offsets are checked where they are on the host."""
+    if x["offsets"] is not None and x["offsets"].device.type == "cpu":
         check_offsets(x["offsets"].numpy(), sizes.T)
-    problem = Call(spec, options, library, x, sizes, flags).problem()
-    plan = mixer.plan(problem)
+    problem = Call(mixer.spec, mixer.options, library, x, sizes, flags).problem()
+    return problem, mixer.plan(problem)
+
+
+def _takes_tensors(plan: Plan) -> bool:
+    return plan.kernel is not None and plan.kernel.arrays == library.name
+
+
+def _forward_here(plan: Plan, problem: Problem, x: Arrays) -> Arrays:
+    """A kernel that takes tensors, where they are."""
+    device = x["q"].device
+    out = {n: torch.empty(s, dtype=getattr(torch, d), device=device) for n, (s, d) in problem.outputs().items()}
+    with torch.cuda.device_of(x["q"]):
+        plan.forward(problem, _with_first_state(problem, x), out)
+    return out
+
+
+def _backward_here(plan: Plan, problem: Problem, x: Arrays, out: Arrays, dout: Arrays) -> Arrays:
+    """Gradients of every floating tensor that was given, in its own dtype."""
+    given = {n: t for n, t in x.items() if t is not None and t.is_floating_point()}
+    dx = {n: torch.empty_like(t, memory_format=torch.contiguous_format) for n, t in given.items()}
+    with torch.cuda.device_of(x["q"]):
+        plan.backward(problem, _with_first_state(problem, x), out, dout, dx)
+    return dx
+
+
+def _with_first_state(problem: Problem, x: Arrays) -> Arrays:
+    """The tensors, with the spec's first state wherever the caller gave none."""
+    fields = problem.spec.state(problem.option).fields
+    if x.get(f"initial.{fields[0].name}") is not None:
+        return x
+    first = _first_state(problem.spec, problem.options, problem.widths, x["q"].device)
+    found = zip(fields, first, strict=True)
+    return x | {f"initial.{f.name}": t.expand(problem.sizes.N, *t.shape) for f, t in found}
+
+
+@functools.lru_cache(maxsize=64)
+def _first_state(spec: MixerSpec, options: Any, widths: tuple[int, int, int, int], device: Any) -> tuple[Array, ...]:
+    """The first state of one sequence, copied to a device once: a call that does so could be captured in no graph."""
+    groups, heads, key_dim, value_dim = widths
+    chosen = dict(options)
+    sizes = Sizes(B=1, T=0, G=groups, H=heads, K=key_dim, V=value_dim, N=1, C=chosen.get("chunk_size", 1))
+    fields = spec.state(chosen).fields
+    with torch.inference_mode(False):
+        return tuple(
+            torch.as_tensor(np.array(first), dtype=torch.int32 if f.counter else torch.float32, device=device)
+            for f, first in zip(fields, spec.first(sizes, chosen), strict=True)
+        )
+
+
+def _forward_on_host(plan: Plan, problem: Problem, x: Arrays) -> Arrays:
+    """A kernel that takes NumPy arrays."""
+    out, shapes, dtype = run_forward(plan, problem, _hand_over(problem, x)), problem.outputs(), x["q"].dtype
+    tensors = {name: torch.from_numpy(a) for name, a in out.items()}
+    return {name: t.to(dtype) if shapes[name][1] == "bfloat16" else t for name, t in tensors.items()}
+
+
+def _hand_over(problem: Problem, x: Arrays) -> Arrays:
+    """The tensors as NumPy arrays in the working dtype; no copy where none is needed."""
     working = getattr(torch, problem.compute_dtype)
     host = {
         name: None if t is None else (t.to(working) if t.is_floating_point() else t).detach().numpy()
         for name, t in x.items()
     }
     host = {name: a for name, a in host.items() if a is not None or not name.startswith("initial.")}
-    fill_host(spec, options, sizes, host, problem.compute_dtype)
-    return problem, plan, host
+    fill_host(problem.spec, problem.option, problem.sizes, host, problem.compute_dtype)
+    return host
 
 
 def _as_host(tensor: Array, working: torch.dtype) -> np.ndarray:
@@ -347,24 +414,25 @@ def _backward_parts(arguments: Sequence[Any]) -> tuple[Mixer, Flags, Arrays, Arr
 def _backward(*arguments: Any) -> tuple[Array, ...]:
     """Run a kernel's backward: what the backward operator does on real tensors."""
     mixer, flags, x, out, dout, sizes = _backward_parts(arguments)
-    problem, plan, host = _hand_over(mixer, flags, x, sizes)
-    working = getattr(torch, problem.compute_dtype)
+    problem, plan = _chosen(mixer, flags, x, sizes)
+    # What was not asked for is empty, and so is the gradient that tracing makes up for it.
     asked = problem.outputs()
+    dout = {name: t if name in asked else None for name, t in dout.items()}
+    backward = _backward_here if _takes_tensors(plan) else _backward_on_host
+    dx, names = backward(plan, problem, x, out, dout), _gradient_names(mixer.spec, mixer.options)
+    return tuple(dx[n] if n in dx else x["q"].new_empty(0) for n in names)
+
+
+def _backward_on_host(plan: Plan, problem: Problem, x: Arrays, out: Arrays, dout: Arrays) -> Arrays:
+    """Gradients by a kernel that takes NumPy arrays."""
+    working = getattr(torch, problem.compute_dtype)
     dx = run_backward(
         plan,
         problem,
-        host,
-        {name: None if t is None else _as_host(t, working) for name, t in out.items()},
-        # What was not asked for is empty, and so is the gradient that tracing makes up for it.
-        {name: _as_host(t, working) if t is not None and name in asked else None for name, t in dout.items()},
+        _hand_over(problem, x),
+        *({name: None if t is None else _as_host(t, working) for name, t in of.items()} for of in (out, dout)),
     )
-    results = []
-    for name in _gradient_names(mixer.spec, mixer.options):
-        if x[name] is None:
-            results.append(torch.empty(0))
-        else:
-            results.append(torch.from_numpy(dx[name]).to(x[name].dtype))
-    return tuple(results)
+    return {name: torch.from_numpy(g).to(x[name].dtype) for name, g in dx.items() if x[name] is not None}
 
 
 def _backward_fake(*arguments: Any) -> tuple[Array, ...]:

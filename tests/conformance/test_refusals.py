@@ -264,7 +264,7 @@ class Picky(Kernel):
 class PickyBackend:
     """A backend with one kernel that refuses, or that is not available at all."""
 
-    name, summary, preference = "picky", "nowhere", 99
+    name, summary, preference, recomputes = "picky", "nowhere", 99, False
 
     def __init__(self, works: bool) -> None:
         self.works = works

@@ -1,0 +1,35 @@
+"""NVIDIA GPUs through Triton: chunks on tensor cores, forward and backward, torch tensors in and out.
+
+Light to import: the kernels, and Triton with them, load when a plan is made. With ``TRITON_INTERPRET=1`` the same
+kernels run on CPU tensors in Triton's interpreter: slow, for tests, and only where ``backend="triton"`` asks for it.
+"""
+
+import importlib.util
+from importlib import import_module
+
+from mixers.backend import Kernel, Support
+
+_FAMILIES = ("recurrent", "chunk", "lattice_chunk", "lattice", "ttt", "attention")
+
+
+class TritonBackend:
+    """See ``mixers.backend.Backend``."""
+
+    name = "triton"
+    summary = "NVIDIA GPUs, torch tensors"
+    preference = 20
+    recomputes = True
+
+    def status(self) -> Support:
+        """Whether Triton and torch can be imported; what a device lacks, its kernels say."""
+        for package in ("torch", "triton"):
+            if importlib.util.find_spec(package) is None:
+                return Support.no(f"{package} is not installed: pip install 'sequence-mixers[triton]'")
+        return Support.yes()
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels, in order of preference; imports Triton."""
+        return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
+
+
+backend = TritonBackend()

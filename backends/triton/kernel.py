@@ -1,0 +1,116 @@
+"""What every kernel of this backend has in common: where it runs, how tensors and their strides are handed over.
+
+Kernels take tensors as the caller gave them: any strides, gates and states in any floating dtype. They keep nothing for
+the backward, which computes the states again: memory is what a GPU is short of.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from mixers.backend import Kernel, Support
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array
+
+WIDEST = 256
+OLDEST = (3, 2)
+
+
+@triton.jit
+def _probe() -> None:
+    """Never launched: its type tells whether ``@jit`` decorates for the interpreter."""
+
+
+INTERPRETED = isinstance(_probe, InterpretedFunction)
+
+
+class TritonKernel(Kernel):
+    """A kernel on torch tensors of a GPU."""
+
+    arrays = "torch"
+
+    def supports(self, problem: Problem) -> Support:
+        """Whether the tensors are where Triton runs, in a dtype and of a width that it takes."""
+        place = _place(problem)
+        if not place:
+            return place
+        if problem.dtype == "float64":
+            return Support.no("has no float64; takes float32, bfloat16 and float16")
+        if INTERPRETED and problem.dtype == "bfloat16":
+            return Support.no("Triton's interpreter multiplies bfloat16 matrices wrongly")
+        _, _, key_dim, value_dim = problem.widths
+        if not (1 <= key_dim <= WIDEST and 1 <= value_dim <= WIDEST):
+            return Support.no(f"takes widths from 1 to {WIDEST}, and K = {key_dim}, V = {value_dim}")
+        return self.takes(problem)
+
+    @abstractmethod
+    def takes(self, problem: Problem) -> Support:
+        """Whether the kernel runs this problem, once its tensors, dtype and widths are right."""
+
+
+def _place(problem: Problem) -> Support:
+    """Whether the tensors are where Triton runs."""
+    if problem.library != "torch":
+        return Support.no(f"takes torch tensors, not arrays of {problem.library}")
+    if INTERPRETED:
+        if problem.device == "cpu":
+            return Support.yes()
+        return Support.no("TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors")
+    if problem.device != "cuda":
+        return Support.no(f"runs on a GPU, and the tensors are on {problem.device}")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        return Support.no(f"needs Triton {'.'.join(map(str, OLDEST))} or newer, and this is {triton.__version__}")
+    return Support.yes()
+
+
+def precision(problem: Problem) -> str:
+    """How a dot of float32 operands is computed: true float32 unless the caller allows tf32."""
+    return "tf32" if problem.flags.allow_tf32 else "ieee"
+
+
+def block(width: int) -> int:
+    """The power of two, from 16 up, that holds a width: what ``tl.dot`` takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def dense(tensor: Array) -> Array:
+    """The tensor, copied only where its last axis is not contiguous: rows are read as vectors."""
+    return tensor if tensor is None or tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many of them the GPU has; a few for the interpreter."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def first_marks(problem: Problem, offsets: Array) -> Array:
+    """The checkpoint row where each sequence of a pack starts, int64 ``[N]``; ``offsets`` where nobody asks."""
+    every = problem.flags.checkpoint_every
+    if offsets is None or not every:
+        return offsets
+    counts = torch.diff(offsets) // every
+    return torch.cumsum(counts, 0) - counts
+
+
+def spread(problem: Problem, dx: Arrays, name: str) -> Array:
+    """Where the gradient of q or k goes, a value head each: the gradient itself, or float32 parts of a group."""
+    s = problem.sizes
+    if s.G == s.H:
+        return dx[name]
+    return torch.empty((s.B, s.T, s.H, s.K), dtype=torch.float32, device=dx[name].device)
+
+
+def gather(problem: Problem, dx: Arrays, name: str, parts: Array) -> None:
+    """Sum the parts of a group of value heads."""
+    s = problem.sizes
+    if s.G != s.H:
+        dx[name].copy_(parts.view(s.B, s.T, s.G, s.H // s.G, s.K).sum(3))
+
+
+def place(tensor: Array, *axes: int) -> tuple[Any, ...]:
+    """A tensor and its strides along some axes, as a kernel's arguments; zeros where there is none."""
+    return (tensor, *((0,) * len(axes) if tensor is None else (tensor.stride(axis) for axis in axes)))
