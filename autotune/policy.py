@@ -58,13 +58,15 @@ def candidates(problem: Problem, backend: str) -> Iterator[Candidate]:
     """Every way to run a problem under ``backend=``, best first."""
     for found in sorted(installed().values(), key=lambda b: -b.preference):
         if backend in ("auto", found.name):
-            yield from _of_backend(problem, found)
+            yield from _of_backend(problem, found, explicit=backend == found.name)
     if backend in ("auto", REFERENCE):
         yield Candidate(REFERENCE, None, None, Support.yes())
 
 
-def _of_backend(problem: Problem, backend: Backend) -> Iterator[Candidate]:
+def _of_backend(problem: Problem, backend: Backend, explicit: bool) -> Iterator[Candidate]:
     status = backend.status()
+    if status and not explicit:
+        status = backend.place.holds(problem)
     if not status:
         yield Candidate(backend.name, None, None, status)
         return

@@ -41,6 +41,27 @@ class Support:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where kernels run.
+
+    Attributes:
+        libraries: whose arrays they serve.
+        devices: where those may be.
+    """
+
+    libraries: tuple[str, ...]
+    devices: tuple[str, ...]
+
+    def holds(self, problem: Problem) -> Support:
+        """Whether the arrays of a problem are there."""
+        if problem.library not in self.libraries:
+            return Support.no(f"takes arrays of {' and '.join(self.libraries)}, not of {problem.library}")
+        if problem.device not in self.devices:
+            return Support.no(f"runs on {' and '.join(self.devices)}, and the arrays are on {problem.device}")
+        return Support.yes()
+
+
+@dataclass(frozen=True)
 class Pool:
     """States that a kernel reads and writes where they are; see ``Mixer.decode``.
 
@@ -116,12 +137,15 @@ class Backend(Protocol):
         summary: where it runs, in a line.
         preference: ``auto`` asks backends in falling order of this number.
         recomputes: its kernels keep nothing for a backward, which computes their states again.
+        place: where its kernels run; asked before they are loaded. ``auto`` never looks at a backend out of its place,
+            a caller who names it may: a simulator runs elsewhere.
     """
 
     name: str
     summary: str
     preference: int
     recomputes: bool
+    place: Place
 
     def status(self) -> Support:
         """Whether it works on this machine."""

@@ -12,6 +12,7 @@ reference plus 4 units in the last place.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from mixers.registry import get_spec, names
 from mixers.spec import MixerSpec
 
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+DEVICES = ("cpu", "cuda")
 
 # Central differences of four points in float64 see about this much, relative to the gradient's norm.
 DIFFERENCE_TOLERANCE = 1e-6
@@ -90,6 +93,7 @@ class Case:
         kernel: the kernel; None for the reference, and for whatever the backend chooses.
         dtype: of q, k and v.
         library: whose arrays are passed.
+        device: where they are.
     """
 
     law: str
@@ -98,6 +102,7 @@ class Case:
     kernel: Kernel | None
     dtype: str
     library: str = "numpy"
+    device: str = "cpu"
 
     @property
     def mixer(self) -> str:
@@ -141,6 +146,7 @@ class Case:
             self.dtype,
             dout if self.has_gradients() else None,
             library=self.library,
+            device=self.device,
             checkpoint_every=self.setting.checkpoint_every,
             step=step,
         )
@@ -558,16 +564,17 @@ def cases(
                 for setting in _settings_of(law, get_spec(name)):
                     for dtype in dtypes:
                         arrays = library or (kernel.arrays if kernel else "numpy")
-                        chosen = fitted(setting, kernel, dtype, arrays)
-                        if chosen is not None:
-                            yield Case(law, chosen, backend, kernel, dtype, arrays)
+                        case = fitted(Case(law, setting, backend, kernel, dtype, arrays))
+                        if case is not None:
+                            yield case
 
 
-def fitted(setting: Setting, kernel: Kernel | None, dtype: str, library: str) -> Setting | None:
-    """The setting, without checkpoints where a kernel refuses them; None where it refuses all the same."""
-    for candidate in (setting, dataclasses.replace(setting, checkpoint_every=0)):
-        if supported(candidate, kernel, dtype, library):
-            return candidate
+def fitted(case: Case) -> Case | None:
+    """The case where its kernel runs, without checkpoints if it refuses them; None where it refuses all the same."""
+    plain = dataclasses.replace(case.setting, checkpoint_every=0)
+    for setting, device in itertools.product((case.setting, plain), DEVICES):
+        if supported(setting, case.kernel, case.dtype, case.library, device):
+            return dataclasses.replace(case, setting=setting, device=device)
     return None
 
 

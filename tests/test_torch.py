@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import mixers  # noqa: E402
-from mixers.backend import Kernel, Support, installed  # noqa: E402
+from mixers.backend import Kernel, Place, Support, installed  # noqa: E402
 from mixers.cases import Setting, draw  # noqa: E402
 from mixers.problem import Arrays, Problem  # noqa: E402
 
@@ -107,6 +107,7 @@ class OneKernel:
     """A backend with one kernel."""
 
     summary, preference, recomputes = "for these tests", -1, False
+    place = Place(("torch",), ("cpu",))
 
     def __init__(self, name: str, kernel: Kernel) -> None:
         self.name, self.kernel = name, kernel

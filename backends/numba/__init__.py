@@ -6,7 +6,7 @@ Light to import: the kernels, and Numba with them, load when a plan is made.
 import importlib.util
 from importlib import import_module
 
-from mixers.backend import Kernel, Support
+from mixers.backend import Kernel, Place, Support
 
 _FAMILIES = ("delta", "delta_chunk", "lattice", "lattice_chunk", "ttt", "attention")
 
@@ -18,6 +18,7 @@ class NumbaBackend:
     summary = "any CPU, NumPy and torch arrays"
     preference = 10
     recomputes = False
+    place = Place(("numpy", "torch"), ("cpu",))
 
     def status(self) -> Support:
         """Whether Numba can be imported."""

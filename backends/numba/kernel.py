@@ -10,6 +10,8 @@ from mixers.backend import Kernel, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
+from . import backend
+
 
 class NumbaKernel(Kernel):
     """A kernel on host memory."""
@@ -18,11 +20,7 @@ class NumbaKernel(Kernel):
 
     def supports(self, problem: Problem) -> Support:
         """Whether the arrays are on the CPU and the kernel takes the problem."""
-        if problem.library not in ("numpy", "torch"):
-            return Support.no(f"takes NumPy arrays and torch tensors, not those of {problem.library}")
-        if problem.device != "cpu":
-            return Support.no(f"runs on the CPU, and the arrays are on {problem.device}")
-        return self.takes(problem)
+        return backend.place.holds(problem) and self.takes(problem)
 
     @abstractmethod
     def takes(self, problem: Problem) -> Support:

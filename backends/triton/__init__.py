@@ -7,9 +7,9 @@ kernels run on CPU tensors in Triton's interpreter: slow, for tests, and only wh
 import importlib.util
 from importlib import import_module
 
-from mixers.backend import Kernel, Support
+from mixers.backend import Kernel, Place, Support
 
-_FAMILIES = ("recurrent", "chunk", "lattice_chunk", "lattice", "ttt", "attention")
+_FAMILIES = ("delta_chunk", "delta", "lattice_chunk", "lattice", "ttt", "attention")
 
 
 class TritonBackend:
@@ -19,9 +19,10 @@ class TritonBackend:
     summary = "NVIDIA GPUs, torch tensors"
     preference = 20
     recomputes = True
+    place = Place(("torch",), ("cuda",))
 
     def status(self) -> Support:
-        """Whether Triton and torch can be imported; what a device lacks, its kernels say."""
+        """Whether Triton and torch can be imported; what a device lacks, the kernels say."""
         for package in ("torch", "triton"):
             if importlib.util.find_spec(package) is None:
                 return Support.no(f"{package} is not installed: pip install 'sequence-mixers[triton]'")

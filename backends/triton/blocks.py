@@ -1,6 +1,11 @@
-"""Pieces that kernels are made of: where a sequence lies, sound products, sums of decays.
+"""Pieces that kernels are made of: where sequences and chunks lie, the inverse inside a chunk, sums of decays.
 
-offsets [N+1]   first token of each sequence of a pack; without one, sequence n is row n of the batch
+A sequence is cut into chunks of BT tokens; where checkpoints are asked for, every checkpoint starts a new chunk, so
+that states are wanted at ends of chunks only. The chunks of all sequences are counted as rows: sequence n of a batch
+has its rows from ``n · per`` on, sequence n of a pack from ``chunks(offsets[n]) + n``, and rows that no chunk uses stay
+empty. So the number of rows is known on the host while the offsets are not.
+
+    offsets [N+1]   first token of each sequence of a pack      every   tokens between checkpoints
 """
 
 import triton
@@ -12,11 +17,103 @@ def span(n, tokens, offsets, PACKED: tl.constexpr):
     """Row of the batch, first token in it, and length of sequence n; 64 bits, for offsets into large tensors."""
     if PACKED:
         first = tl.load(offsets + n)
-        return tl.zeros_like(first), first, tl.load(offsets + n + 1) - first
-    return n.to(tl.int64), tl.zeros_like(n).to(tl.int64), tokens + tl.zeros_like(n).to(tl.int64)
+        return first * 0, first, tl.load(offsets + n + 1) - first
+    wide = tl.cast(n, tl.int64)
+    return wide, wide * 0, wide * 0 + tokens
+
+
+@triton.jit
+def chunks(tokens, every, BT: tl.constexpr, CHECKPOINTS: tl.constexpr):
+    """How many chunks so many tokens are."""
+    if CHECKPOINTS:
+        return (tokens // every) * tl.cdiv(every, BT) + tl.cdiv(tokens % every, BT)
+    return tl.cdiv(tokens, BT)
+
+
+@triton.jit
+def chunk(i, length, every, BT: tl.constexpr, CHECKPOINTS: tl.constexpr):
+    """First token of chunk i of a sequence, and how many tokens it has."""
+    if CHECKPOINTS:
+        per = tl.cdiv(every, BT)
+        part = i // per
+        first = part * every + (i - part * per) * BT
+        return first, tl.minimum(tl.minimum((part + 1) * every, length) - first, BT)
+    return i * BT, tl.minimum(length - i * BT, BT)
+
+
+@triton.jit
+def first_row(n, per, every, offsets, BT: tl.constexpr, CHECKPOINTS: tl.constexpr, PACKED: tl.constexpr):
+    """The row of a sequence's first chunk."""
+    if PACKED:
+        return chunks(tl.load(offsets + n), every, BT, CHECKPOINTS) + n
+    return tl.cast(n, tl.int64) * per
+
+
+@triton.jit
+def locate(
+    row, tokens, sequences, per, every, offsets, BT: tl.constexpr, CHECKPOINTS: tl.constexpr, PACKED: tl.constexpr
+):
+    """Row of the batch, first token in it, and tokens of the chunk in a row; no tokens where the row stays empty."""
+    if PACKED:
+        low, high = row * 0, row * 0 + sequences
+        while high - low > 1:
+            middle = (low + high) // 2
+            if first_row(middle, per, every, offsets, BT, CHECKPOINTS, PACKED) <= row:
+                low = middle
+            else:
+                high = middle
+        n = low
+    else:
+        n = row // per
+    batch, start, length = span(n, tokens, offsets, PACKED)
+    i = row - first_row(n, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    first, count = chunk(i, length, every, BT, CHECKPOINTS)
+    return batch, start + first, count
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """``a b`` in float32; float32 operands as PRECISION says."""
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def inverse(n, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """``(I + n)⁻¹`` of a strictly lower matrix, by merging diagonal blocks of 1, 2, 4, … rows.
+
+    ``A ← A − A (n∘mask) A``, the mask being the lower left quarters of the blocks that are merged: two products a level
+    and stable on keys of any likeness, where doubling, ``(I+n)(I+n²)…``, is not.
+    """
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    # Blocks of one row are merged without a product: A is the identity.
+    a = tl.where(i == j, 1.0, 0.0) - tl.where((i // 2 == j // 2) & (i % 2 == 1) & (j % 2 == 0), n, 0.0)
+    for level in tl.static_range(1, 9):
+        if (1 << level) < BT:
+            merged = i // (2 << level) == j // (2 << level)
+            quarter = merged & (i % (2 << level) >= 1 << level) & (j % (2 << level) < 1 << level)
+            a -= dot(dot(a, tl.where(quarter, n, 0.0), PRECISION), a, PRECISION)
+    return a
+
+
+@triton.jit
+def between(g, BT: tl.constexpr):
+    """``Σ_{j<m≤i} g_m`` for every pair ``i ≥ j``, from ``g [BT, 1]``: a sum, never a difference, so −∞ is a number."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return tl.cumsum(tl.where(i > j, g, 0.0), axis=0)
+
+
+@triton.jit
+def between_transposed(g, BT: tl.constexpr):
+    """The transpose of ``between``, from ``g [1, BT]``."""
+    i, j = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
+    return tl.cumsum(tl.where(i > j, g, 0.0), axis=1)
+
+
+@triton.jit
+def decay_gradient(up, down, total, AXIS: tl.constexpr):
+    """Gradient of every g_m from those of sums over it.
+
+    ``up_i`` belongs to ``Σ_{m≤i} g_m``, ``down_i`` to ``Σ_{m>i} g_m``, ``total`` to the sum of all. A sum over
+    ``j < m ≤ i`` has its gradient in ``up_i``, and its negative in ``up_j``.
+    """
+    return tl.cumsum(up, axis=AXIS, reverse=True) + tl.cumsum(down, axis=AXIS) - down + total

@@ -11,9 +11,11 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from mixers.backend import Kernel, Support
+from mixers.backend import Kernel, Place, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
+
+from . import backend
 
 WIDEST = 256
 OLDEST = (3, 2)
@@ -52,19 +54,13 @@ class TritonKernel(Kernel):
 
 
 def _place(problem: Problem) -> Support:
-    """Whether the tensors are where Triton runs."""
-    if problem.library != "torch":
-        return Support.no(f"takes torch tensors, not arrays of {problem.library}")
+    """Whether the tensors are where Triton runs, or where its interpreter does."""
     if INTERPRETED:
-        if problem.device == "cpu":
-            return Support.yes()
-        return Support.no("TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors")
-    if problem.device != "cuda":
-        return Support.no(f"runs on a GPU, and the tensors are on {problem.device}")
+        return Place(backend.place.libraries, ("cpu",)).holds(problem)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST:
         return Support.no(f"needs Triton {'.'.join(map(str, OLDEST))} or newer, and this is {triton.__version__}")
-    return Support.yes()
+    return backend.place.holds(problem)
 
 
 def precision(problem: Problem) -> str:

@@ -37,8 +37,7 @@ class Subject:
     def case(self, law: str, setting: Setting, dtype: str) -> Case | None:
         """A case of this kernel, None where it refuses the setting."""
         library = self.kernel.arrays if self.kernel else "numpy"
-        fitted = check.fitted(setting, self.kernel, dtype, library)
-        return Case(law, fitted, self.backend, self.kernel, dtype, library) if fitted else None
+        return check.fitted(Case(law, setting, self.backend, self.kernel, dtype, library))
 
 
 def backends(config: pytest.Config) -> list[str]:

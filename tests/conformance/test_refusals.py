@@ -10,7 +10,7 @@ import pytest
 
 import mixers
 from mixers import check
-from mixers.backend import Backend, Kernel, Support, installed
+from mixers.backend import Backend, Kernel, Place, Support, installed
 from mixers.cases import Setting, draw
 from mixers.spec import MixerSpec
 
@@ -265,6 +265,7 @@ class PickyBackend:
     """A backend with one kernel that refuses, or that is not available at all."""
 
     name, summary, preference, recomputes = "picky", "nowhere", 99, False
+    place = Place(("numpy", "torch", "jax"), ("cpu",))
 
     def __init__(self, works: bool) -> None:
         self.works = works

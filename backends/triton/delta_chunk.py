@@ -1,0 +1,358 @@
+"""The linear and delta families in chunks, on tensor cores: which kernels run, in what order, on what scratch.
+
+The mathematics is in ``delta_chunk_forward`` and ``delta_chunk_backward``, that of decays a channel in ``decays``. The
+number of tokens that a chunk has, ``block_t``, is this kernel's business: these mixers are exact in chunks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from mixers.backend import Config, Support
+from mixers.linear import read_scale
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array
+
+from . import decays
+from . import delta_chunk_backward as adjoint
+from . import delta_chunk_forward as forwards
+from .kernel import TritonKernel, block, dense, first_marks, gather, place, precision, spread
+from .l2norm import normalise, normalise_backward
+
+MIXERS = frozenset({"linear_attention", "ssd", "gla", "delta_rule", "gated_delta_rule", "kda"})
+
+# Multiprocessors that a heuristic reckons with: those of an H100 or H200.
+PROCESSORS = 132
+
+
+def widened(tensor: Array) -> Array:
+    """float16 as float32, whose products may then round to tf32, as precise: a decay of e^{−50} needs its exponents."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def decay_axes(problem: Problem) -> int:
+    """0 without a decay, 1 for one a head, 2 for one a channel."""
+    layout = problem.layout("log_decay")
+    return 0 if layout is None else 2 if layout.endswith("K") else 1
+
+
+@dataclass
+class Cut:
+    """A call cut into chunks, with the arrays that its kernels share.
+
+    Attributes:
+        q, k: as the state meets them: normalised where that is asked for, with decays where those are a channel's.
+        v, beta, g: as given.
+        plain: q and k before their decays.
+        keys_in: k with the decays since the chunk's start, where those are a channel's; k otherwise.
+    """
+
+    problem: Problem
+    x: Arrays
+    block_t: int
+
+    def __post_init__(self) -> None:
+        problem, x = self.problem, self.x
+        s, self.every = problem.sizes, problem.flags.checkpoint_every
+        q, k, self.v = (widened(dense(x[name])) for name in ("q", "k", "v"))
+        if problem.option.get("qk_l2norm", False):
+            q, k = normalise(q), normalise(k)
+        self.plain = self.q, self.k = q, k
+        self.keys_in = k
+        self.beta, g = x.get("beta"), x.get("log_decay")
+        self.decay = decay_axes(problem)
+        self.g = dense(g) if self.decay == 2 else g
+        self.delta = self.beta is not None
+        self.per = _chunks(s.T, self.every, self.block_t)
+        self.rows = self.per + s.N if problem.packed else self.per * s.N
+        self.scale = read_scale(problem.option, s.K)
+        self.marks = first_marks(problem, x["offsets"])
+        self.precision = precision(problem) if problem.dtype == "float32" else "tf32"
+        self.warps = 4 if q.element_size() == 2 else 8
+        self.inward = self.outward = self.fade = self.pairs = self.a = None
+        # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: Triton 3.6 reads
+        # beyond its shared memory where a product of 16 columns is the left operand of the next.
+        self.wide = (64, 64) if q.element_size() == 2 else (min(32, block(s.K)), min(32, block(s.V)))
+        self.inward = self.outward = self.fade = self.pairs = self.a = None
+        # Side by side there are programs enough: what counts is that accumulators fit into registers.
+        widest = 64 if q.element_size() == 2 else 32
+        self.wide = min(widest, block(s.K)), min(widest, block(s.V))
+
+    @property
+    def offsets(self) -> Array | None:
+        """Of a pack."""
+        return self.x["offsets"]
+
+    def scratch(self, width: int, dtype: Any = None) -> Array:
+        """An array ``[B,T,H,width]``, in the dtype of k by default."""
+        s = self.problem.sizes
+        return torch.empty((s.B, s.T, s.H, width), dtype=dtype or self.k.dtype, device=self.k.device)
+
+    def scalars(self) -> Array:
+        """A float32 array ``[B,T,H]``."""
+        return self.scratch(1, torch.float32).squeeze(-1)
+
+    def states(self) -> Array:
+        """A state a chunk, ``[R,H,K,V]``."""
+        s = self.problem.sizes
+        return torch.empty((self.rows, s.H, s.K, s.V), dtype=self.k.dtype, device=self.k.device)
+
+    def lengths(self) -> tuple[int, ...]:
+        """The arguments of kernels that run chunks side by side, from ``tokens`` to ``group``."""
+        s = self.problem.sizes
+        return s.T, s.N, self.per, self.every, s.H, s.H // s.G
+
+    def constants(self, block_k: int = 0, block_v: int = 0) -> dict[str, Any]:
+        """What is known when a kernel is compiled."""
+        s = self.problem.sizes
+        found: dict[str, Any] = {"K": s.K, "BT": self.block_t, "BK": block_k or block(s.K)}
+        if block_v:
+            found |= {"V": s.V, "BV": block_v}
+        return found | {"PACKED": self.problem.packed, "CHECKPOINTS": self.every > 0}
+
+    def prepare(self) -> None:
+        """A, P and decays of every chunk."""
+        grid = (self.rows * self.problem.sizes.H,)
+        self.p = self.scratch(self.block_t)
+        if self.decay == 2:
+            self._fold(grid)
+        else:
+            if self.decay == 1:
+                self.inward, self.outward = self.scalars(), self.scalars()
+            forwards.scores[grid](
+                *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(self.g, 0, 1, 2),
+                self.p, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
+                **self.constants(self.wide[0]), DECAY=self.decay, PRECISION=self.precision, num_warps=4, num_stages=1,
+            )  # fmt: skip
+        if self.delta:
+            self.a = self.scratch(self.block_t)
+            forwards.solve[grid](
+                *place(self.plain[1], 0, 1, 2), *place(self.beta, 0, 1, 2), *place(self.g, 0, 1, 2),
+                self.pairs, self.a, self.offsets, *self.lengths(),
+                **self.constants(self.wide[0]), DECAY=self.decay, PRECISION=self.precision, num_warps=1, num_stages=1,
+            )  # fmt: skip
+
+    def _fold(self, grid: tuple[int]) -> None:
+        """Decays a channel, folded into q and k, and the pairs inside of chunks."""
+        s, (q, k) = self.problem.sizes, self.plain
+        self.q, self.k = self.scratch(s.K), self.scratch(s.K)
+        self.keys_in = self.scratch(s.K) if self.delta else self.k
+        self.fade = torch.empty((self.rows, s.H, s.K), dtype=torch.float32, device=k.device)
+        self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
+        decays.fold[grid](
+            *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
+            self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
+            **self.constants(self.wide[0]), DELTA=self.delta, PRECISION=self.precision, num_warps=8, num_stages=1,
+        )  # fmt: skip
+
+    def spell_out(self) -> None:
+        """W and U of every chunk, for a thin chain."""
+        s = self.problem.sizes
+        self.w, self.u = (self.scratch(s.K), self.scratch(s.V)) if self.delta else (None, self.v)
+        if self.delta:
+            forwards.prepare[(self.rows * s.H,)](
+                *place(self.keys_in, 0, 1, 2), *place(self.v, 0, 1, 2), *place(self.beta, 0, 1, 2),
+                self.a, self.inward, self.w, self.u, self.offsets, *self._lengths_of(self.keys_in),
+                **self.constants(*self.wide), DECAY=self.decay, PRECISION=self.precision, num_warps=4, num_stages=1,
+            )  # fmt: skip
+
+    def _lengths_of(self, keys: Array) -> tuple[int, ...]:
+        """``lengths`` for kernels that read these keys: folded ones have a head for every value head."""
+        *most, group = self.lengths()
+        return (*most, 1 if keys.shape[2] == self.problem.sizes.H else group)
+
+    def chain(self, config: Config, fused: bool, out: Arrays, y: Array | None) -> tuple[Array | None, Array | None]:
+        """From chunk to chunk: outputs where it is fused, otherwise first states and writes of every chunk."""
+        s, block_v = self.problem.sizes, config["block_v"]
+        if not fused:
+            self.spell_out()
+        w, u = (self.keys_in if self.delta else None, self.v) if fused else (self.w, self.u)
+        states = None if fused else self.states()
+        written = self.scratch(s.V) if self.delta and not fused else None
+        checkpoints, last = out.get("checkpoint.state"), out.get("final.state")
+        if checkpoints is not None and self.problem.packed:
+            checkpoints.zero_()
+        _, _, per, every, heads, group = self._lengths_of(self.k)
+        forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](
+            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(u, 0, 1, 2), *place(w, 0, 1, 2),
+            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.fade,
+            *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
+            self.marks, s.T, per, every, heads, group, self.scale,
+            **self.constants(0, block_v), DELTA=self.delta, DECAY=self.decay, FUSED=fused,
+            MARKED=checkpoints is not None, STORE=last is not None, PRECISION=self.precision,
+            num_warps=config["num_warps"], num_stages=config["num_stages"],
+        )  # fmt: skip
+        return states, written if self.delta else self.v
+
+    def outputs(self, states: Array, written: Array, y: Array) -> None:
+        """Outputs of all chunks from their first states."""
+        s, (block_k, block_v) = self.problem.sizes, self.wide
+        forwards.outputs[(self.rows * s.H * triton.cdiv(s.V, block_v),)](
+            *place(self.q, 0, 1, 2), *place(written, 0, 1, 2), self.p, self.inward, states, y, self.offsets,
+            *self._lengths_of(self.k), self.scale,
+            **self.constants(block_k, block_v), DECAY=self.decay, PRECISION=self.precision, num_warps=4,
+            num_stages=1,
+        )  # fmt: skip
+
+
+def _chunks(tokens: int, every: int, block_t: int) -> int:
+    """How many chunks so many tokens are; see ``blocks.chunks``."""
+    if every:
+        return (tokens // every) * -(-every // block_t) + -(-(tokens % every) // block_t)
+    return -(-tokens // block_t)
+
+
+def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arrays) -> None:
+    """Fill the gradients of a call, whichever form ran its forward."""
+    s = problem.sizes
+    cut = Cut(problem, x, config["block_t"])
+    if not s.N * s.H:
+        return
+    cut.prepare()
+    states, written = cut.chain(config, False, {}, None)
+    dy = dout.get("y")
+    dy = (
+        torch.zeros((), dtype=cut.v.dtype, device=cut.v.device).expand(cut.v.shape)
+        if dy is None
+        else widened(dense(dy))
+    )
+    dstates, dwritten = cut.states(), cut.scratch(s.V)
+    dlast, dmarks = dout.get("final.state"), dout.get("checkpoint.state")
+    dfirst = dx.get("initial.state")
+    dmarks = None if dmarks is None else dmarks.contiguous()
+    block_v = config["block_v"]
+    _, _, per, every, heads, group = cut._lengths_of(cut.k)
+    adjoint.chain_back[(s.N * s.H * triton.cdiv(s.V, block_v),)](
+        *place(cut.q, 0, 1, 2), *place(cut.k, 0, 1, 2), *place(dy, 0, 1, 2), cut.w, cut.p, cut.inward, cut.outward,
+        cut.fade, *place(dlast, 0, 1, 2, 3), dmarks, dstates, dwritten, dfirst, cut.offsets, cut.marks,
+        s.T, per, every, heads, group, cut.scale,
+        **cut.constants(0, block_v), DELTA=cut.delta, DECAY=cut.decay, ARRIVES=dlast is not None,
+        MARKED=dmarks is not None, STORE=dfirst is not None, PRECISION=cut.precision,
+        num_warps=config["num_warps"], num_stages=config["num_stages"],
+    )  # fmt: skip
+    _side_by_side(cut, written, states, dstates, dwritten, dy, dx)
+
+
+def _side_by_side(
+    cut: Cut, written: Array, states: Array, dstates: Array, dwritten: Array, dy: Array, dx: Arrays
+) -> None:
+    """The part of the backward that runs all chunks at once."""
+    problem, s = cut.problem, cut.problem.sizes
+    folded = cut.decay == 2
+    dq, dk = (spread(problem, dx, name) for name in ("q", "k"))
+    dq_reads = cut.scratch(s.K) if folded else dq
+    dk_reads = cut.scratch(s.K) if folded or cut.delta else dk
+    dw = cut.scratch(s.K) if cut.delta else None
+    dp = cut.scratch(cut.block_t) if folded else None
+    dfade = torch.empty_like(cut.fade) if folded else None
+    dg = dx.get("log_decay")
+    dg_reads = cut.scalars() if cut.decay == 1 and cut.delta else dg
+    adjoint.reads_back[(cut.rows * s.H,)](
+        *place(cut.q, 0, 1, 2), *place(cut.k, 0, 1, 2), *place(written, 0, 1, 2), *place(dy, 0, 1, 2),
+        *place(cut.g, 0, 1, 2), states, dstates, dwritten, cut.inward, cut.outward, cut.fade,
+        dq_reads, dk_reads, dw, dp, dg_reads, dfade, cut.offsets, *cut._lengths_of(cut.k), cut.scale,
+        **cut.constants(*cut.wide), DELTA=cut.delta, DECAY=cut.decay, PRECISION=cut.precision, num_warps=cut.warps, num_stages=2,
+    )  # fmt: skip
+    dkeys_in = dn = None
+    if cut.delta:
+        dkeys_in, dn = (cut.scratch(s.K), cut.scratch(cut.block_t)) if folded else (None, None)
+        adjoint.writes_back[(cut.rows * s.H,)](
+            *place(cut.keys_in, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(cut.beta, 0, 1, 2), *place(cut.g, 0, 1, 2),
+            cut.pairs, cut.a, cut.w, cut.u, dw, dwritten, cut.inward, dk_reads, dg_reads,
+            dkeys_in if folded else dk, dx["v"], dx["beta"], dg, dn, cut.offsets, *cut._lengths_of(cut.keys_in),
+            **cut.constants(*cut.wide), DECAY=cut.decay, PRECISION=cut.precision, num_warps=cut.warps, num_stages=2,
+        )  # fmt: skip
+    else:
+        dx["v"].copy_(dwritten)
+    if folded:
+        _unfold(cut, dp, dn, dq_reads, dkeys_in, dk_reads, dfade, dq, dk, dg)
+    _finish(cut, dx, "q", dq)
+    _finish(cut, dx, "k", dk)
+
+
+def _unfold(
+    cut: Cut,
+    dp: Array,
+    dn: Array,
+    dqueries: Array,
+    dkeys_in: Array,
+    dkeys_out: Array,
+    dfade: Array,
+    dq: Array,
+    dk: Array,
+    dg: Array,
+) -> None:
+    """From gradients of folded q and k, and of pairs, to those of q, k and the decays."""
+    s, (q, k) = cut.problem.sizes, cut.plain
+    inputs = (*place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(cut.g, 0, 1, 2))
+    block_k = cut.wide[0]
+    decays.unfold[(cut.rows * s.H * triton.cdiv(s.K, block_k),)](
+        *inputs, dp, dn, dqueries, dkeys_in, dkeys_out, dfade, dq, dk, dg, cut.offsets, *cut.lengths(),
+        **cut.constants(block_k), DELTA=cut.delta, PRECISION=cut.precision, num_warps=8, num_stages=1,
+    )  # fmt: skip
+
+
+def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:
+    """Sum the heads of a group and undo the normalisation of q or k."""
+    if not cut.problem.option.get("qk_l2norm", False):
+        gather(cut.problem, dx, name, d)
+        return
+    normal = {name: torch.empty_like(dx[name])}
+    gather(cut.problem, normal, name, d)
+    given = d if cut.problem.sizes.G == cut.problem.sizes.H else normal[name]
+    normalise_backward(cut.x[name], given.clone(), dx[name])
+
+
+class DeltaChunk(TritonKernel):
+    """Chunks on tensor cores; the chain fused with the reads where heads fill the card, thin where they do not."""
+
+    name = "delta.chunk"
+    form = "chunk"
+    mixers = MIXERS
+
+    def takes(self, problem: Problem) -> Support:
+        """More than one token."""
+        if problem.single:
+            return Support.no("one token a sequence is the recurrent kernel's")
+        return Support.yes()
+
+    def configs(self, problem: Problem) -> tuple[Config, ...]:
+        """The default first: blocks of values as wide as leave a program to every multiprocessor."""
+        _, _, key_dim, value_dim = problem.widths
+        half = problem.dtype == "bfloat16"
+        block_t = 64 if half else 32
+        widest = min(block(value_dim), 64 if block(key_dim) <= 128 else 32)
+        if not half:
+            widest = min(widest, 4096 // block(key_dim))
+        sizes = [b for b in (64, 32, 16) if b <= widest]
+        busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= 0.75 * PROCESSORS]
+        block_v = busy[0] if busy else sizes[-1]
+        fused = int(bool(busy) and busy[0] >= min(32, sizes[0]))
+        # Two stages of wide tiles are more than a multiprocessor's shared memory.
+        stages = 2 if half and block(key_dim) <= 128 else 1
+        warps = 4 if half else 8
+        first = {"block_t": block_t, "block_v": block_v, "fused": fused, "num_warps": warps, "num_stages": stages}
+        others = (first | {"block_v": b, "fused": f, "num_warps": w} for b in sizes for f in (1, 0) for w in (4, 8))
+        return (first, *(c for c in others if c != first))
+
+    def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
+        """Fill ``y`` and states."""
+        s = problem.sizes
+        if not s.N * s.H:
+            return
+        cut = Cut(problem, x, config["block_t"])
+        cut.prepare()
+        if config["fused"]:
+            cut.chain(config, True, out, out["y"])
+        else:
+            states, written = cut.chain(config, False, out, None)
+            cut.outputs(states, written, out["y"])
+
+    def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
+        """Fill the gradients."""
+        backward(problem, config, x, dout, dx)
+
+
+KERNELS = (DeltaChunk(),)

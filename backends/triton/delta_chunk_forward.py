@@ -1,0 +1,351 @@
+"""Chunks of the linear and delta families, forward: what can be prepared, the chain, outputs.
+
+A chunk of C tokens starts from a state S; rows are tokens, G a running sum of ``log_decay`` inside the chunk:
+
+    L_ij = e^{G_i−G_j} (i ≥ j)        N = stril(beta_i (K Kᵀ∘L))        A = (I + N)⁻¹
+    W = A diag(beta) (e^G∘K)          U = A diag(beta) V                P = scale · tril(Q Kᵀ∘L)
+    U' = U − W S  (delta), V (linear)                                   Y = scale (e^G∘Q) S + P U'
+    S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
+
+``solve`` fills A and ``scores`` P for all chunks side by side: they do not depend on the state, so they are off the
+chain. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
+``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W and U from
+``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by side. With one decay a
+channel the factors do not come out of the products: ``decays`` folds them into Q and K beforehand.
+
+    q, k [B,T,G,K]   v [B,T,H,V]   w [B,T,H,K]   u [B,T,H,V]   p [B,T,H,C]   states [R,H,K,V], a row a chunk
+    inward [B,T,H] = e^{G_i}, outward [B,T,H] = e^{G_C−G_i}; fade [R,H,K] = e^{G_C} a channel
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import between, chunk, chunks, dot, first_row, inverse, locate, span
+
+
+@triton.jit
+def rows_of(x, x_t, sub, count, at, K: tl.constexpr, BK: tl.constexpr):
+    """A block of columns of the 16 rows of one sub-chunk."""
+    t, c = sub * 16 + tl.arange(0, 16)[:, None], at + tl.arange(0, BK)[None, :]
+    return tl.load(x + t * x_t + c, mask=(t < count) & (c < K), other=0.0)
+
+
+@triton.jit
+def block_decay(g, g_t, a, b, count):
+    """``e^{G_i−G_j}`` for i in sub-chunk a and j in an earlier one b: sums up to i, of what lies between, behind j."""
+    t = tl.arange(0, 16)
+    up = tl.load(g + (a * 16 + t) * g_t, mask=a * 16 + t < count, other=0.0).to(tl.float32)
+    down = tl.load(g + (b * 16 + t + 1) * g_t, mask=(t < 15) & (b * 16 + t + 1 < count), other=0.0).to(tl.float32)
+    total = tl.cumsum(up, axis=0)[:, None] + tl.cumsum(down, axis=0, reverse=True)[None, :]
+    for s in tl.static_range(1, 3):
+        if b + s < a:
+            m = (b + s) * 16 + t
+            total += tl.sum(tl.load(g + m * g_t, mask=m < count, other=0.0).to(tl.float32))
+    return tl.exp(total)
+
+
+@triton.jit
+def own_decay(g, g_t, a, count):
+    """``e^{G_i−G_j}`` inside one sub-chunk, for i ≥ j."""
+    t = a * 16 + tl.arange(0, 16)
+    return tl.exp(between(tl.load(g + t * g_t, mask=t < count, other=0.0).to(tl.float32)[:, None], 16))
+
+
+@triton.jit
+def product(x, x_t, k, k_t, a, b, count, K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """``x_a k_bᵀ`` of two sub-chunks."""
+    found = tl.zeros([16, 16], tl.float32)
+    for at in range(0, K, BK):
+        rows = rows_of(x, x_t, a, count, at, K, BK)
+        found += dot(rows, tl.trans(rows_of(k, k_t, b, count, at, K, BK)), PRECISION)
+    return found
+
+
+@triton.jit
+def gram(
+    k, k_t, beta, beta_t, g, g_t, pairs, a, b, count, step,
+    K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of N: ``beta_i ⟨k_i, k_j⟩`` with its decay, for i in sub-chunk a and j in b."""
+    t = tl.arange(0, 16)
+    if DECAY == 2:
+        where = (a * 16 + t[:, None]) * step + b * 16 + t[None, :]
+        found = tl.load(pairs + where, mask=(a * 16 + t < count)[:, None], other=0.0)
+    else:
+        found = product(k, k_t, k, k_t, a, b, count, K, BK, PRECISION)
+    if DECAY == 1:
+        if a == b:
+            found *= own_decay(g, g_t, a, count)
+        else:
+            found *= block_decay(g, g_t, a, b, count)
+    found *= tl.load(beta + (a * 16 + t) * beta_t, mask=a * 16 + t < count, other=0.0).to(tl.float32)[:, None]
+    if a == b:
+        found = tl.where(t[:, None] > t[None, :], found, 0.0)
+    return found
+
+
+@triton.jit
+def put(x, a, b, value, count, step):
+    """Store a block of a matrix of the chunk."""
+    t = tl.arange(0, 16)
+    where = (a * 16 + t[:, None]).to(tl.int64) * step + b * 16 + t[None, :]
+    tl.store(x + where, value.to(x.dtype.element_ty), mask=(a * 16 + t < count)[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
+def solve(
+    k, k_b, k_t, k_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, pairs, a, offsets,
+    tokens, sequences, per, every, heads, group,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``A = (I + N)⁻¹`` of one chunk of one head, by one warp: sub-chunks of 16 tokens, then blocks of blocks.
+
+    The inverse of ``[[X, 0], [N, Y]]`` is ``[[X⁻¹, 0], [−Y⁻¹ N X⁻¹, Y⁻¹]]``. A chunk has two sub-chunks or four.
+    """
+    pid = tl.program_id(0)
+    head, row = pid % heads, (pid // heads).to(tl.int64)
+    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    if count <= 0:
+        return
+    count = count.to(tl.int32)
+    k += batch * k_b + start * k_t + (head // group) * k_h
+    beta += batch * beta_b + start * beta_t + head * beta_h
+    if DECAY == 1:
+        g += batch * g_b + start * g_t + head * g_h
+    place = ((batch * tokens + start) * heads + head) * BT
+    a += place
+    if DECAY == 2:
+        pairs += place
+    step = heads * BT
+    n00 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 0, 0, count, step, K, BK, BT, DECAY, PRECISION)
+    n10 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 1, 0, count, step, K, BK, BT, DECAY, PRECISION)
+    n11 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 1, 1, count, step, K, BK, BT, DECAY, PRECISION)
+    a00, a11 = inverse(n00, 16, PRECISION), inverse(n11, 16, PRECISION)
+    a10 = -dot(dot(a11, n10, PRECISION), a00, PRECISION)
+    nothing = tl.zeros([16, 16], tl.float32)
+    put(a, 0, 0, a00, count, step)
+    put(a, 0, 1, nothing, count, step)
+    put(a, 1, 0, a10, count, step)
+    put(a, 1, 1, a11, count, step)
+    if BT == 64:
+        n22 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 2, 2, count, step, K, BK, BT, DECAY, PRECISION)
+        n32 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 3, 2, count, step, K, BK, BT, DECAY, PRECISION)
+        n33 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 3, 3, count, step, K, BK, BT, DECAY, PRECISION)
+        a22, a33 = inverse(n22, 16, PRECISION), inverse(n33, 16, PRECISION)
+        a32 = -dot(dot(a33, n32, PRECISION), a22, PRECISION)
+        put(a, 0, 2, nothing, count, step)
+        put(a, 0, 3, nothing, count, step)
+        put(a, 1, 2, nothing, count, step)
+        put(a, 1, 3, nothing, count, step)
+        put(a, 2, 2, a22, count, step)
+        put(a, 2, 3, nothing, count, step)
+        put(a, 3, 2, a32, count, step)
+        put(a, 3, 3, a33, count, step)
+        n20 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 2, 0, count, step, K, BK, BT, DECAY, PRECISION)
+        n21 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 2, 1, count, step, K, BK, BT, DECAY, PRECISION)
+        n30 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 3, 0, count, step, K, BK, BT, DECAY, PRECISION)
+        n31 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 3, 1, count, step, K, BK, BT, DECAY, PRECISION)
+        left = dot(n20, a00, PRECISION) + dot(n21, a10, PRECISION)
+        right = dot(n30, a00, PRECISION) + dot(n31, a10, PRECISION)
+        put(a, 2, 0, -dot(a22, left, PRECISION), count, step)
+        put(a, 3, 0, -dot(a32, left, PRECISION) - dot(a33, right, PRECISION), count, step)
+        left, right = dot(n21, a11, PRECISION), dot(n31, a11, PRECISION)
+        put(a, 2, 1, -dot(a22, left, PRECISION), count, step)
+        put(a, 3, 1, -dot(a32, left, PRECISION) - dot(a33, right, PRECISION), count, step)
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
+def scores(
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, p, inward, outward, offsets,
+    tokens, sequences, per, every, heads, group, scale,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P of one chunk of one head, and the decays from its start and to its end."""
+    pid = tl.program_id(0)
+    head, row = pid % heads, (pid // heads).to(tl.int64)
+    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    if count <= 0:
+        return
+    t = tl.arange(0, BT)
+    i, j = t[:, None], t[None, :]
+    rows = i < count
+    place = (batch * tokens + start + t) * heads + head
+    q += batch * q_b + (start + i) * q_t + (head // group) * q_h
+    k += batch * k_b + (start + i) * k_t + (head // group) * k_h
+    qk = tl.zeros([BT, BT], tl.float32)
+    for at in range(0, K, BK):
+        c = at + tl.arange(0, BK)[None, :]
+        inside = rows & (c < K)
+        query, key = tl.load(q + c, mask=inside, other=0.0), tl.load(k + c, mask=inside, other=0.0)
+        qk += dot(query, tl.trans(key), PRECISION)
+    if DECAY == 1:
+        g += batch * g_b + (start + t) * g_t + head * g_h
+        log = tl.load(g, mask=t < count, other=0.0).to(tl.float32)
+        later = tl.load(g + g_t, mask=t + 1 < count, other=0.0).to(tl.float32)
+        qk *= tl.exp(between(log[:, None], BT))
+        tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=t < count)
+        tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=t < count)
+    reads = tl.where(i >= j, scale * qk, 0.0)
+    tl.store(p + place[:, None] * BT + j, reads.to(p.dtype.element_ty), mask=rows)
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
+def prepare(
+    k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, a, inward, w, u, offsets,
+    tokens, sequences, per, every, heads, group,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+    PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W and U of one chunk of one head. With DECAY 2, k is e^G∘K."""
+    pid = tl.program_id(0)
+    head, row = pid % heads, (pid // heads).to(tl.int64)
+    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    if count <= 0:
+        return
+    t = tl.arange(0, BT)
+    rows = t[:, None] < count
+    place = (batch * tokens + start + t) * heads + head
+    k += batch * k_b + (start + t[:, None]) * k_t + (head // group) * k_h
+    v += batch * v_b + (start + t[:, None]) * v_t + head * v_h
+    beta += batch * beta_b + (start + t) * beta_t + head * beta_h
+    strength = tl.load(beta, mask=t < count, other=0.0).to(tl.float32)[:, None]
+    solved = tl.load(a + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+    operand = k.dtype.element_ty
+    for at in range(0, V, BV):
+        c = at + tl.arange(0, BV)[None, :]
+        inside = rows & (c < V)
+        value = (tl.load(v + c, mask=inside, other=0.0).to(tl.float32) * strength).to(operand)
+        found = dot(solved, value, PRECISION).to(u.dtype.element_ty)
+        tl.store(u + place[:, None] * V + c, found, mask=inside)
+    if DECAY == 1:
+        strength *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
+    for at in range(0, K, BK):
+        c = at + tl.arange(0, BK)[None, :]
+        inside = rows & (c < K)
+        key = (tl.load(k + c, mask=inside, other=0.0).to(tl.float32) * strength).to(operand)
+        found = dot(solved, key, PRECISION).to(w.dtype.element_ty)
+        tl.store(w + place[:, None] * K + c, found, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "per", "every"])
+def chain(
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, w, w_b, w_t, w_h, beta, beta_b, beta_t, beta_h, a, p,
+    inward, outward, fade, first, first_n, first_h, first_k, first_v, last, checkpoints, y, states, written, offsets,
+    marks, tokens, per, every, heads, group, scale,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
+    DECAY: tl.constexpr, FUSED: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, MARKED: tl.constexpr,
+    STORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of values of one head of one sequence, chunk after chunk.
+
+    Thin, it takes W as ``w`` and U as ``u``; fused, e^G∘K (K where DECAY is 1) as ``w`` and V as ``u``, and A besides.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(V, BV)
+    head = (pid // blocks) % heads
+    n = pid // (blocks * heads)
+    t, c, e = tl.arange(0, BT), tl.arange(0, BK), (pid % blocks) * BV + tl.arange(0, BV)
+    inside = (c < K)[:, None] & (e < V)[None, :]
+    batch, start, length = span(n, tokens, offsets, PACKED)
+    row = first_row(n, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    grid = c[:, None] * first_k + e[None, :] * first_v
+    s = tl.load(first + n.to(tl.int64) * first_n + head * first_h + grid, mask=inside, other=0.0).to(tl.float32)
+    operand = k.dtype.element_ty
+    matrix = c[:, None] * V + e[None, :]
+    if MARKED:
+        mark = tl.load(marks + n) if PACKED else n.to(tl.int64) * (length // every)
+
+    q += batch * q_b + start * q_t + (head // group) * q_h
+    k += batch * k_b + start * k_t + (head // group) * k_h
+    u += batch * u_b + start * u_t + head * u_h
+    if DELTA:
+        w += batch * w_b + start * w_t + head // (group if FUSED and DECAY < 2 else 1) * w_h
+    if DELTA and FUSED:
+        beta += batch * beta_b + start * beta_t + head * beta_h
+    base = (batch * tokens + start) * heads + head
+    for i in range(chunks(length, every, BT, CHECKPOINTS)):
+        at, count = chunk(i, length, every, BT, CHECKPOINTS)
+        here = at + t
+        rows = (t < count)[:, None]
+        place = base + here.to(tl.int64) * heads
+        keys, values = rows & (c < K)[None, :], rows & (e < V)[None, :]
+        held = s.to(operand)
+        if not FUSED:
+            where = ((row + i) * heads + head) * K * V
+            tl.store(states + where + matrix, held, mask=inside)
+        write = tl.load(u + here[:, None] * u_t + e[None, :], mask=values, other=0.0)
+        if DELTA:
+            correction = tl.load(w + here[:, None] * w_t + c[None, :], mask=keys, other=0.0)
+            known = dot(correction, held, PRECISION)
+            if FUSED:
+                if DECAY == 1:
+                    known *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
+                strength = tl.load(beta + here * beta_t, mask=t < count, other=0.0).to(tl.float32)
+                missing = (strength[:, None] * (write.to(tl.float32) - known)).to(operand)
+                solved = tl.load(a + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+                write = dot(solved, missing, PRECISION).to(operand)
+            else:
+                write = (write.to(tl.float32) - known).to(operand)
+                tl.store(written + place[:, None] * V + e[None, :], write, mask=values)
+        if FUSED:
+            query = tl.load(q + here[:, None] * q_t + c[None, :], mask=keys, other=0.0)
+            out = scale * dot(query, held, PRECISION)
+            if DECAY == 1:
+                out *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
+            reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+            out += dot(reads, write, PRECISION)
+            tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
+        key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
+        if DECAY == 1:
+            out_of = tl.load(outward + place, mask=t < count, other=0.0)
+            write = (write.to(tl.float32) * out_of[:, None]).to(operand)
+            s *= tl.load(inward + base + (at + count - 1).to(tl.int64) * heads)
+        if DECAY == 2:
+            s *= tl.load(fade + ((row + i) * heads + head) * K + c, mask=c < K, other=0.0)[:, None]
+        s += dot(tl.trans(key), write, PRECISION)
+        if MARKED:
+            if (at + count) % every == 0:
+                where = ((mark + (at + count) // every - 1) * heads + head) * K * V
+                tl.store(checkpoints + where + matrix, s.to(checkpoints.dtype.element_ty), mask=inside)
+    if STORE:
+        where = (n.to(tl.int64) * heads + head) * K * V
+        tl.store(last + where + matrix, s.to(last.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
+def outputs(
+    q, q_b, q_t, q_h, u, u_b, u_t, u_h, p, inward, states, y, offsets,
+    tokens, sequences, per, every, heads, group, scale,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+    PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of outputs of one chunk of one head, from the chunk's first state and its writes u."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(V, BV)
+    head, row = (pid // blocks) % heads, (pid // (blocks * heads)).to(tl.int64)
+    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    if count <= 0:
+        return
+    t, e = tl.arange(0, BT), (pid % blocks) * BV + tl.arange(0, BV)
+    rows = (t < count)[:, None]
+    place = (batch * tokens + start + t) * heads + head
+    q += batch * q_b + (start + t[:, None]) * q_t + (head // group) * q_h
+    states += (row * heads + head) * K * V
+    out = tl.zeros([BT, BV], tl.float32)
+    for at in range(0, K, BK):
+        c = at + tl.arange(0, BK)
+        query = tl.load(q + c[None, :], mask=rows & (c < K)[None, :], other=0.0)
+        grid = c[:, None] * V + e[None, :]
+        held = tl.load(states + grid, mask=(c < K)[:, None] & (e < V)[None, :], other=0.0)
+        out += dot(query, held, PRECISION)
+    out *= scale
+    if DECAY == 1:
+        out *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
+    values = rows & (e < V)[None, :]
+    u += batch * u_b + (start + t[:, None]) * u_t + head * u_h
+    write = tl.load(u + e[None, :], mask=values, other=0.0)
+    reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+    out += dot(reads, write, PRECISION)
+    tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)

@@ -1,0 +1,188 @@
+"""Lattice, exact (``chunk_size=1``): token by token, with the slots of a head on the chip.
+
+    z = k (decoding, similarity) or k − a (encoding)      h = v − Sᵀk (decoding) or v      a_i = ⟨s_i, h⟩
+    s̃_i = μ s_i + beta_i z_i (h − a_i s_i)      ρ_i = ‖s̃_i‖      s'_i = s̃_i/ρ_i      y = scale · S'ᵀq (or S̃ᵀq)
+
+Rows of S lie inside a warp, so ⟨s_i, h⟩ and ρ_i cost no synchronisation; sums over the slots do. There is one of them a
+token: it reads token t and predicts the value of token t+1. ρ is measured: the identity μ² + beta²z²(‖h‖² − a²) lets
+rounding grow from token to token. Tokens are loaded two ahead of their use. A row of zeros becomes its first direction.
+
+    q, k [B,T,G,K]   v, y [B,T,H,V]   beta [B,T,H] or [B,T,H,K]   log_decay [B,T,H]   states [N,H,K,V]
+    kept [R,H,K,V]: the slots before every SEGMENT-th token, for the backward
+"""
+
+import torch
+import triton
+import triton.language as tl
+from mixers.backend import Config, Support
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array
+
+from .blocks import span
+from .kernel import TritonKernel, block, dense, first_marks, place
+from .lattice_backward import backward
+from .lattice_slots import (
+    DECODING,
+    OBJECTIVES,
+    SEGMENT,
+    adopt,
+    column_sums,
+    directions,
+    put_slab,
+    segment_row,
+    slab,
+    tile,
+    turn_token,
+    vector,
+)
+
+
+@triton.jit(do_not_specialize=["beta_b", "g_b", "tokens", "every"])
+def forward(
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
+    initial, initial_n, initial_h, initial_k, offsets, first_slots, marks, y, final, marked, kept,
+    tokens, every, heads, group, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr,
+    OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, MARKED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """All tokens of one sequence and head. KEEP leaves the slots of every segment and neither reads nor returns."""
+    n = tl.program_id(0) // heads
+    h = tl.program_id(0) % heads
+    batch, first, total = span(n, tokens, offsets, PACKED)
+    length = total.to(tl.int32)
+    i = tl.arange(0, BK)
+    j = tl.arange(0, BV)
+    q += batch * q_b + first * q_t + (h // group) * q_h
+    k += batch * k_b + first * k_t + (h // group) * k_h
+    v += batch * v_b + first * v_t + h * v_h
+    beta += batch * beta_b + first * beta_t + h * beta_h
+    if GATED:
+        g += batch * g_b + first * g_t + h * g_h
+    if not KEEP:
+        y += ((batch * tokens + first) * heads + h) * V
+    if MARKED:
+        mark = tl.load(marks + n) if PACKED else n.to(tl.int64) * (tokens // every)
+    own = (n.to(tl.int64) * heads + h) * K * V
+    s = tile(initial + n.to(tl.int64) * initial_n + h * initial_h, i, j, initial_k, K, V).to(tl.float32)
+    if length > 0:
+        s = adopt(s, slab(first_slots, i, j, K, V))
+    base = segment_row(n, first, tokens, SEGMENT, PACKED)
+    key = vector(k, i, 0, k_t, length, K)
+    value = vector(v, j, 0, v_t, length, V)
+    query = vector(q, i, 0, q_t, length, K)
+    next_key = vector(k, i, 1, k_t, length, K)
+    next_value = vector(v, j, 1, v_t, length, V)
+    next_query = vector(q, i, 1, q_t, length, K)
+    p = tl.sum(s * key[:, None], 0) if OBJECTIVE == DECODING else tl.zeros((BV,), tl.float32)
+    for t in range(length):
+        later_key = vector(k, i, t + 2, k_t, length, K)
+        later_value = vector(v, j, t + 2, v_t, length, V)
+        if not KEEP:
+            later_query = vector(q, i, t + 2, q_t, length, K)
+        if KEEP and t % SEGMENT == 0:
+            put_slab(kept + ((base + t // SEGMENT) * heads + h) * K * V, s, i, j, K, V)
+        s, rho, _, _ = turn_token(
+            t, s, p, key, value, beta, beta_t, g, g_t, first_slots, K, V, BK, BV, OBJECTIVE, PER_SLOT, GATED
+        )
+        if KEEP:
+            if OBJECTIVE == DECODING:
+                p = tl.sum(s * next_key[:, None], 0)
+        else:
+            weight = query * scale if READ_NORM else query * scale * rho
+            if OBJECTIVE == DECODING:
+                out, p = column_sums(s * weight[:, None], s * next_key[:, None])
+            else:
+                out = tl.sum(s * weight[:, None], 0)
+            tl.store(y + tl.cast(t, tl.int64) * heads * V + j, out.to(y.dtype.element_ty), mask=j < V)
+            query = next_query
+            next_query = later_query
+        if MARKED and (t + 1) % every == 0:
+            put_slab(marked + ((mark + (t + 1) // every - 1) * heads + h) * K * V, s, i, j, K, V)
+        key = next_key
+        value = next_value
+        next_key = later_key
+        next_value = later_value
+    if final is not None:
+        put_slab(final + own, s, i, j, K, V)
+
+
+def launch(problem: Problem, config: Config, x: Arrays, out: Arrays, kept: Array) -> None:
+    """The recurrence into ``out``, or into ``kept`` for a backward."""
+    s, option, beta = problem.sizes, problem.option, x["beta"]
+    forward[(s.N * s.H,)](
+        *place(dense(x["q"]), 0, 1, 2),
+        *place(dense(x["k"]), 0, 1, 2),
+        *place(dense(x["v"]), 0, 1, 2),
+        *place(dense(beta) if beta.ndim == 4 else beta, 0, 1, 2),
+        *place(x.get("log_decay"), 0, 1, 2),
+        *place(dense(x["initial.state"]), 0, 1, 2),
+        x.get("offsets"),
+        directions(problem, x["q"].device),
+        first_marks(problem, x.get("offsets")),
+        *(out.get("y"), out.get("final.state"), out.get("checkpoint.state"), kept),
+        *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, option["scale"]),
+        **constants(problem),
+        READ_NORM=option["read_norm"],
+        MARKED=out.get("checkpoint.state") is not None,
+        KEEP=kept is not None,
+        num_warps=config["num_warps"],
+    )
+
+
+def constants(problem: Problem) -> dict[str, int]:
+    """What the kernels of both passes are told about a problem."""
+    s = problem.sizes
+    return {
+        "K": s.K,
+        "V": s.V,
+        "BK": block(s.K),
+        "BV": block(s.V),
+        "SEGMENT": SEGMENT,
+        "OBJECTIVE": OBJECTIVES[problem.option["objective"]],
+        "PER_SLOT": problem.layout("beta") == "B T H K",
+        "GATED": problem.layout("log_decay") is not None,
+        "PACKED": problem.packed,
+    }
+
+
+class LatticeRecurrent(TritonKernel):
+    """The exact recurrence, token by token."""
+
+    name = "lattice.recurrent"
+    form = "recurrent"
+    mixers = frozenset({"lattice"})
+
+    def takes(self, problem: Problem) -> Support:
+        """Only the exact recurrence."""
+        if problem.option["chunk_size"] != 1:
+            return Support.no(f"runs chunk_size=1, and chunk_size is {problem.option['chunk_size']}")
+        return Support.yes()
+
+    def configs(self, problem: Problem) -> tuple[Config, ...]:
+        """Warps: enough to hold the slots in registers, few enough to meet fast."""
+        s = problem.sizes
+        area = block(s.K) * block(s.V)
+        first = 4 if area <= 64 * 64 else 8 if area <= 128 * 128 else 16
+        return tuple({"num_warps": warps} for warps in sorted((2, 4, 8, 16), key=lambda warps: warps != first))
+
+    def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
+        """See ``Kernel``."""
+        s = problem.sizes
+        if problem.packed and out.get("checkpoint.state") is not None:  # rows behind the last checkpoint
+            out["checkpoint.state"].zero_()
+        if s.N * s.H:
+            launch(problem, config, x, out, None)
+
+    def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
+        """See ``Kernel``."""
+        s = problem.sizes
+        if s.N * s.H == 0:
+            return
+        rows = s.T // SEGMENT + s.N if problem.packed else s.N * (s.T // SEGMENT + 1)
+        kept = torch.empty((rows, s.H, s.K, s.V), dtype=torch.float32, device=x["q"].device)
+        launch(problem, config, x, {}, kept)
+        backward(problem, config, constants(problem), x, kept, dout, dx)
+
+
+KERNELS = (LatticeRecurrent(),)

@@ -1,0 +1,556 @@
+"""The adjoint of chunked Lattice; notation of ``lattice_chunk``, a prefix d for a gradient, dY times ``scale`` in Q'.
+
+What the reads of a piece send back depends on Φ and S alone, so all pieces are taken at once, in two launches: a
+product of tiles may not be transposed on the chip, so what is needed both ways goes through scratch.
+
+``measure``: from Q' to the norms and to E.
+
+    dQ' = b∘(dY Sᵀ) − α∘(dY Φᵀ) + (W∘(dY Hmᵀ))E      dq = scale dQ'/ρ      R = dL/dρ² = −½ Q'∘dQ'/ρ²
+    dα = −Q'∘(dY Φᵀ) − 2R∘α      N_ti = Σ_jl W_tj W_tl E_ji E_li G_jl, so with R̃ = W²ᵀR:
+    dE = (Wᵀ∘(Hm dYᵀ))Q' + 2R̃∘(X + diag(G)∘E) + (strictlower(W)ᵀ∘G)F + (Wᵀdα)∘A      F = 2R̃∘E      dA = (Wᵀdα)∘E
+
+``absorb``: from there to Hm and Φ.
+
+    dHm = (Wᵀ∘(E Q'ᵀ))dY + (strictlower(W)∘(F Eᵀ) + Wᵀ∘(E Fᵀ))Hm + dA Φ
+    dΦ = ((b−α)∘Q')ᵀdY + dAᵀHm − Kᵀ dHm (decoding)
+
+``retreat`` walks the pieces of a head from the last to the first, with D = dL/dS̃ at a piece's end:
+
+    D = (G − φ'⟨φ',G⟩)/ρ  where a chunk ends in φ' with the gradient G      dU = D − Φ∘δ      δ_i = ⟨d_i, φ_i⟩
+    dΦ −= α∘D + δ∘U + Kᵀ(w∘E)dU      dS = b D      U = S̃ − b S + α∘Φ
+
+``collect`` takes all pieces at once again and adds what came through D.
+
+    dHm += (w∘E)dU      dE += w∘(Hm dUᵀ)      dbeta = Z∘dE      dv = dHm      dk = beta∘dE − dHm Φᵀ (decoding)
+
+With encoding, Z = K − A: dA −= beta∘dE. Where S is not Φ, ρ² has more terms and S a gradient of its own. A decay moves
+every b_t and W_tj whose sum holds it, so dlog_decay_l sums over j < l ≤ t; each term has that decay as a factor, and
+none is found by subtraction: where decays are strong, the rest would drown.
+
+    weight (Q'), held ((b−α)∘Q', or −α∘Q'), dA, F, dP, dE [B,T,H,K]   dHm [B,T,H,V]   moments [·,H,3,K]
+    dslots [R,H,K,V]: dΦ of the reads, later D   drunning: dS of the reads
+"""
+
+import torch
+import triton
+import triton.language as tl
+from mixers.backend import Config
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array
+
+from .blocks import dot, span
+from .kernel import dense, first_marks, gather, place, spread
+from .lattice_chunk import (
+    Shape,
+    Walk,
+    decays,
+    first_row,
+    inputs,
+    piece_row,
+    read_norms,
+    to_end,
+    transposed,
+    walk,
+    written,
+)
+from .lattice_slots import (
+    DECODING,
+    ENCODING,
+    cut,
+    directions,
+    inverse,
+    logs,
+    put,
+    put_slab,
+    slab,
+    squares,
+    strengths,
+    tile,
+)
+
+
+@triton.jit
+def sides(key, value, phi, beta, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr):
+    """A and E of a piece, Hm and its transpose, Eᵀ."""
+    hm, et = written(key, value, phi, beta, OBJECTIVE, PRECISION)
+    ht = transposed(key, value, phi, OBJECTIVE, PRECISION)
+    a = dot(hm, tl.trans(phi), PRECISION)
+    z = key.to(tl.float32) - a if OBJECTIVE == ENCODING else key.to(tl.float32)
+    return a, beta * z, hm, ht, et
+
+
+@triton.jit
+def decays_back(g, rows, stride, size, BT: tl.constexpr, GATED: tl.constexpr):
+    """Wᵀ of a piece."""
+    above = rows[:, None] <= rows[None, :]
+    if GATED:
+        each = logs(g, rows, stride, size)
+        exponents = tl.cumsum(tl.where(rows[:, None] < rows[None, :], each[None, :], 0.0), 1)
+        return tl.where(above, tl.exp(exponents), 0.0)
+    return tl.where(above, 1.0, 0.0)
+
+
+@triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
+def measure(
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
+    dy, dy_b, dy_t, dy_h, dq, dq_b, dq_t, dq_h,
+    first_slots, pieces, slots, running, weight_to, held_to, da_to, f_to, dp_to, de_to, moments, dg,
+    tokens, heads, group, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """dq, and what the reads of one piece and head send to its norms and to E."""
+    row = (tl.program_id(0) // heads).to(tl.int64)
+    h = tl.program_id(0) % heads
+    size = tl.load(pieces + row * 4 + 2).to(tl.int32)
+    if size == 0:
+        return
+    n = tl.load(pieces + row * 4)
+    first = tl.load(pieces + row * 4 + 1)
+    resumed = tl.load(pieces + row * 4 + 3) != 0
+    batch = tl.zeros_like(n) if PACKED else n
+    at = tl.arange(0, BT)
+    i = tl.arange(0, BK)
+    j = tl.arange(0, BV)
+    query = tile(q + batch * q_b + first * q_t + (h // group) * q_h, at, i, q_t, size, K).to(tl.float32) * scale
+    key = tile(k + batch * k_b + first * k_t + (h // group) * k_h, at, i, k_t, size, K).to(OPERAND)
+    value = tile(v + batch * v_b + first * v_t + h * v_h, at, j, v_t, size, V).to(OPERAND)
+    strength = strengths(beta + batch * beta_b + first * beta_t + h * beta_h, at, i, beta_t, size, K, PER_SLOT)
+    up = tile(dy + batch * dy_b + first * dy_t + h * dy_h, at, j, dy_t, size, V).to(OPERAND)
+    phi = slab(slots + (row * heads + h) * K * V, i, j, K, V).to(OPERAND)
+    own_row = (row if CUT else n) * heads + h
+    s = phi
+    if resumed:
+        s = slab(running + own_row * K * V, i, j, K, V).to(OPERAND)
+    if GATED:
+        g += batch * g_b + first * g_t + h * g_h
+    w, b = decays(g, at, g_t, size, BT, GATED)
+    wt = decays_back(g, at, g_t, size, BT, GATED)
+    a, e, hm, ht, et = sides(key, value, phi, strength, OBJECTIVE, PRECISION)
+    along = dot(w, a * e, PRECISION)
+    part_phi = dot(up, tl.trans(phi), PRECISION)
+    part_s = part_phi
+    if resumed:
+        part_s = dot(up, tl.trans(s), PRECISION)
+    toward_h = dot(up, ht, PRECISION)
+    to_weight = b[:, None] * part_s - along * part_phi
+    to_weight += dot((w * toward_h).to(OPERAND), e.to(OPERAND), PRECISION)
+    back = wt * dot(hm, tl.trans(up), PRECISION)
+    crossed = tl.zeros((BT, BK), tl.float32)
+    p = crossed
+    less = b[:, None] * b[:, None] + tl.zeros((BT, BK), tl.float32)  # b² times what R multiplies it with
+    if READ_NORM:
+        gram = dot(hm, ht, PRECISION)
+        square, own, x = read_norms(e, gram, w, at, PRECISION)
+        turned = -2 * along
+        if resumed:
+            p = dot(hm, tl.trans(s), PRECISION)
+            crossed = dot(w, e * p, PRECISION)
+            wide = phi.to(tl.float32)
+            unit = squares(wide)[None, :]
+            met = tl.sum(wide * s.to(tl.float32), 1)[None, :]
+            left = b[:, None] * met
+            least = left + along * (1 - unit)
+            less = less * squares(s.to(tl.float32))[None, :] + b[:, None] * crossed - along * left
+            square += (b * b)[:, None] * squares(s.to(tl.float32))[None, :] + along * along * (unit - 2)
+            square += 2 * (b[:, None] * crossed - along * left)
+            square = tl.maximum(square, least * least * inverse(unit))
+            turned = 2 * (along * (unit - 2) - left)
+        else:
+            square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
+        over = inverse(tl.sqrt(square))
+        weight = query * over
+        out = scale * over * to_weight
+        empty = (square <= 0) & (i < K)[None, :]
+        if GATED and tl.max(empty.to(tl.int32)) > 0:
+            toward = slab(first_slots, i, j, K, V).to(OPERAND)
+            out += tl.where(empty, scale * dot(up, tl.trans(toward), PRECISION), 0.0)
+        to_square = -0.5 * weight * to_weight * over * over
+        spread_back = dot(wt * wt, to_square, PRECISION)
+        f = 2 * spread_back * e
+        d_along = to_square * turned - weight * part_phi
+        de = 2 * spread_back * (x + own * e)
+        de += dot(tl.where(at[:, None] < at[None, :], wt * gram, 0.0), f, PRECISION)
+    else:
+        weight = query
+        out = scale * to_weight
+        to_square = tl.zeros((BT, BK), tl.float32)
+        f = to_square
+        d_along = -weight * part_phi
+        de = to_square
+    de += dot(back.to(OPERAND), weight.to(OPERAND), PRECISION)
+    m = dot(wt, d_along, PRECISION)
+    de += m * a
+    da = m * e
+    to = ((batch * tokens + first) * heads + h) * K
+    d_crossed = 2 * b[:, None] * to_square
+    if resumed:
+        if READ_NORM:
+            m = dot(wt, d_crossed, PRECISION)
+            de += m * p
+            put(dp_to + to, (m * e).to(dp_to.dtype.element_ty), at, i, heads * K, size, K)
+            sums = moments + own_row * 3 * K + i
+            tl.store(sums, tl.sum(to_square * (b * b)[:, None], 0), mask=i < K)
+            tl.store(sums + K, tl.sum(-2 * to_square * b[:, None] * along, 0), mask=i < K)
+            tl.store(sums + 2 * K, tl.sum(to_square * along * along, 0), mask=i < K)
+        put(held_to + to, (-along * weight).to(held_to.dtype.element_ty), at, i, heads * K, size, K)
+    else:
+        put(held_to + to, ((b[:, None] - along) * weight).to(held_to.dtype.element_ty), at, i, heads * K, size, K)
+    if OBJECTIVE == ENCODING:
+        da -= strength * de
+    put(weight_to + to, weight.to(weight_to.dtype.element_ty), at, i, heads * K, size, K)
+    put(da_to + to, da.to(da_to.dtype.element_ty), at, i, heads * K, size, K)
+    put(de_to + to, de, at, i, heads * K, size, K)
+    if READ_NORM:
+        put(f_to + to, f.to(f_to.dtype.element_ty), at, i, heads * K, size, K)
+    put(dq + batch * dq_b + first * dq_t + h * dq_h, out.to(dq.dtype.element_ty), at, i, dq_t, size, K)
+    if GATED:
+        # How every W_tj and b_t is moved, times itself.
+        aet = dot(phi, ht, PRECISION) * et
+        moved = w * (dot(d_along, aet, PRECISION) + toward_h * dot(weight.to(OPERAND), et.to(OPERAND), PRECISION))
+        level = b * tl.sum(weight * part_s, 1)
+        if READ_NORM:
+            diagonal = tl.sum(tl.where(at[:, None] == at[None, :], gram, 0.0), 0)[None, :]
+            xt = dot(et, tl.where(at[:, None] < at[None, :], wt * gram, 0.0), PRECISION)
+            moved += 2 * w * w * dot(to_square, et * (2 * xt + diagonal * et), PRECISION)
+            moved += w * gram * dot(f, et, PRECISION)
+            level += 2 * tl.sum(to_square * less, 1)
+            if resumed:
+                moved += w * dot(d_crossed, et * dot(s, ht, PRECISION), PRECISION)
+        later = tl.where(at[:, None] > at[None, :], moved, 0.0)
+        before = dot(later, tl.where(at[:, None] < at[None, :], 1.0, 0.0), PRECISION) + level[:, None]
+        inside = (at[:, None] >= at[None, :]) & (at < size)[:, None]
+        total = tl.sum(tl.where(inside, before, 0.0), 0)
+        tl.store(dg + (batch * tokens + first + at) * heads + h, total, mask=at < size)
+
+
+@triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
+def absorb(
+    k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, dy, dy_b, dy_t, dy_h,
+    pieces, slots, running, weight_from, held_from, da_from, f_from, dp_from, moments, dh_to, dslots, drunning,
+    tokens, heads, group,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """What the reads of one piece and head send to Hm, Φ and S."""
+    row = (tl.program_id(0) // heads).to(tl.int64)
+    h = tl.program_id(0) % heads
+    size = tl.load(pieces + row * 4 + 2).to(tl.int32)
+    if size == 0:
+        return
+    n = tl.load(pieces + row * 4)
+    first = tl.load(pieces + row * 4 + 1)
+    resumed = tl.load(pieces + row * 4 + 3) != 0
+    batch = tl.zeros_like(n) if PACKED else n
+    at = tl.arange(0, BT)
+    i = tl.arange(0, BK)
+    j = tl.arange(0, BV)
+    key = tile(k + batch * k_b + first * k_t + (h // group) * k_h, at, i, k_t, size, K).to(OPERAND)
+    value = tile(v + batch * v_b + first * v_t + h * v_h, at, j, v_t, size, V).to(OPERAND)
+    strength = strengths(beta + batch * beta_b + first * beta_t + h * beta_h, at, i, beta_t, size, K, PER_SLOT)
+    up = tile(dy + batch * dy_b + first * dy_t + h * dy_h, at, j, dy_t, size, V).to(OPERAND)
+    phi = slab(slots + (row * heads + h) * K * V, i, j, K, V).to(OPERAND)
+    if GATED:
+        g += batch * g_b + first * g_t + h * g_h
+    w, b = decays(g, at, g_t, size, BT, GATED)
+    wt = decays_back(g, at, g_t, size, BT, GATED)
+    hm, et = written(key, value, phi, strength, OBJECTIVE, PRECISION)
+    if OBJECTIVE == ENCODING:
+        e = (strength * (key.to(tl.float32) - dot(hm, tl.trans(phi), PRECISION))).to(OPERAND)
+    else:
+        e = (strength * key.to(tl.float32)).to(OPERAND)
+    to = ((batch * tokens + first) * heads + h) * K
+    weight = tile(weight_from + to, at, i, heads * K, size, K)
+    da = tile(da_from + to, at, i, heads * K, size, K)
+    dh = dot((wt * dot(e, tl.trans(weight), PRECISION)).to(OPERAND), up, PRECISION)
+    dh += dot(da, phi, PRECISION)
+    if READ_NORM:
+        f = tile(f_from + to, at, i, heads * K, size, K)
+        mixed = tl.where(at[:, None] > at[None, :], w, 0.0) * dot(f, et.to(OPERAND), PRECISION)
+        mixed += wt * dot(e, tl.trans(f), PRECISION)
+        dh += dot(mixed.to(OPERAND), hm, PRECISION)
+    held = tile(held_from + to, at, i, heads * K, size, K)
+    dphi = dot(tl.trans(held), up, PRECISION) + dot(tl.trans(da), hm, PRECISION)
+    if resumed:
+        from_s = ((row if CUT else n) * heads + h) * K * V
+        ds = dot((tl.trans(weight).to(tl.float32) * b[None, :]).to(OPERAND), up, PRECISION)
+        if READ_NORM:
+            s = slab(running + from_s, i, j, K, V)
+            dp = tile(dp_from + to, at, i, heads * K, size, K)
+            dh += dot(dp, s.to(OPERAND), PRECISION)
+            ds += dot(tl.trans(dp), hm, PRECISION)
+            sums = moments + ((row if CUT else n) * heads + h) * 3 * K + i
+            of_s = tl.load(sums, mask=i < K, other=0)[:, None]
+            of_both = tl.load(sums + K, mask=i < K, other=0)[:, None]
+            of_phi = tl.load(sums + 2 * K, mask=i < K, other=0)[:, None]
+            ds += 2 * of_s * s.to(tl.float32) + of_both * phi.to(tl.float32)
+            dphi += 2 * of_phi * phi.to(tl.float32) + of_both * s.to(tl.float32)
+        put_slab(drunning + from_s, ds, i, j, K, V)
+    if OBJECTIVE == DECODING:
+        dphi -= dot(tl.trans(key), dh.to(OPERAND), PRECISION)
+    put_slab(dslots + (row * heads + h) * K * V, dphi, i, j, K, V)
+    put(dh_to + ((batch * tokens + first) * heads + h) * V, dh, at, j, heads * V, size, V)
+
+
+@triton.jit
+def piece_start(t, phase, every, CHUNK: tl.constexpr, LONGEST: tl.constexpr, MARKED: tl.constexpr):
+    """The first token of the piece that ends before t."""
+    begin = t - 1 - (phase + t - 1) % CHUNK % LONGEST
+    if MARKED:
+        begin = tl.maximum(begin, (t - 1) // every * every)
+    return tl.maximum(begin, 0)
+
+
+@triton.jit(do_not_specialize=["beta_b", "g_b", "phase_n", "tokens", "every"])
+def retreat(
+    k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
+    start, start_n, start_h, start_k, now, now_n, now_h, now_k, phase, phase_n, offsets, marks,
+    slots, running, ends, dslots, drunning, dlast_start, dlast_now, dmarked_start, dmarked_now,
+    dstart, dnow, tokens, every, heads, group,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    CHUNK: tl.constexpr, LONGEST: tl.constexpr, OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, MARKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """The pieces of one sequence and head, from the last: D of each in place of its dΦ, then the first state's."""
+    n = tl.program_id(0) // heads
+    h = tl.program_id(0) % heads
+    batch, first, total = span(n, tokens, offsets, PACKED)
+    length = total.to(tl.int32)
+    base = first_row(n, first, tokens, every, CHUNK, LONGEST, MARKED, PACKED)
+    seen = tl.load(phase + n * phase_n)
+    at = tl.arange(0, BT)
+    i = tl.arange(0, BK)
+    j = tl.arange(0, BV)
+    k += batch * k_b + first * k_t + (h // group) * k_h
+    v += batch * v_b + first * v_t + h * v_h
+    beta += batch * beta_b + first * beta_t + h * beta_h
+    if GATED:
+        g += batch * g_b + first * g_t + h * g_h
+    if MARKED:
+        mark = tl.load(marks + n) if PACKED else n.to(tl.int64) * (tokens // every)
+    own = (n.to(tl.int64) * heads + h) * K * V
+    dphi = tl.zeros((BK, BV), tl.float32)
+    ds = tl.zeros((BK, BV), tl.float32)
+    if dlast_start is not None:
+        dphi = slab(dlast_start + own, i, j, K, V).to(tl.float32)
+    if dlast_now is not None:
+        ds = slab(dlast_now + own, i, j, K, V).to(tl.float32)
+    t = length
+    while t > 0:
+        begin = piece_start(t, seen, every, CHUNK, LONGEST, MARKED)
+        wide = begin.to(tl.int64)
+        row = (base + piece_row(begin, seen, every, CHUNK, LONGEST, MARKED)) * heads + h
+        behind = (base + piece_row(t, seen, every, CHUNK, LONGEST, MARKED)) * heads + h
+        behind = tl.where(t == length, row + heads, behind)
+        done = (seen + t) % CHUNK == 0
+        resumed = (begin == 0) | ((seen + begin) % CHUNK != 0)
+        rho = tl.load(ends + row * 3 * K + i, mask=i < K, other=1)
+        if GATED and CUT:  # the token that follows saw first directions
+            ds = tl.where((rho == 0)[:, None] & (t < length) & (not done), 0.0, ds)
+        if MARKED and t % every == 0:
+            to = ((mark + t // every - 1) * heads + h) * K * V
+            if dmarked_start is not None:
+                dphi += slab(dmarked_start + to, i, j, K, V)
+            if dmarked_now is not None:
+                ds += slab(dmarked_now + to, i, j, K, V)
+        phi = slab(slots + row * K * V, i, j, K, V)
+        a = tl.load(ends + row * 3 * K + K + i, mask=i < K, other=0)
+        most = tl.load(ends + row * 3 * K + 2 * K + i, mask=i < K, other=0)
+        w, b = to_end(g + wide * g_t if GATED else g, at, g_t, t - begin, GATED)
+        from_s = row if CUT else n.to(tl.int64) * heads + h
+        s = phi
+        if resumed:
+            s = slab(running + from_s * K * V, i, j, K, V)
+        if done:
+            unit = slab(slots + behind * K * V, i, j, K, V)
+            ds += dphi
+            ds = inverse(rho)[:, None] * (ds - tl.sum(ds * unit, 1)[:, None] * unit)
+            dphi = tl.zeros((BK, BV), tl.float32)
+            ended = rho[:, None] * unit
+        else:
+            last = behind if CUT else (tl.num_programs(0) // heads + n.to(tl.int64)) * heads + h
+            ended = tl.where((rho > 0)[:, None], slab(running + last * K * V, i, j, K, V), 0.0)
+        delta = tl.sum(ds * phi, 1)[:, None]
+        u = tl.where((most > 0)[:, None], ended - b * s + a[:, None] * phi, 0.0)  # no rounding where nothing is written
+        du = ds - delta * phi
+        dphi += slab(dslots + row * K * V, i, j, K, V) - a[:, None] * ds - delta * u
+        put_slab(dslots + row * K * V, ds, i, j, K, V)
+        key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
+        strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
+        if OBJECTIVE == DECODING:
+            e = (strength * w[:, None] * key.to(tl.float32)).to(OPERAND)
+            dh = dot(e, du.to(OPERAND), PRECISION)
+            dphi -= dot(tl.trans(key), dh.to(OPERAND), PRECISION)
+        elif OBJECTIVE == ENCODING:
+            value = tile(v + wide * v_t, at, j, v_t, t - begin, V).to(OPERAND)
+            dat = tl.trans(strength) * w[None, :] * dot(du.to(OPERAND), tl.trans(value), PRECISION)
+            dphi -= dot(dat.to(OPERAND), value, PRECISION)
+        ds *= b
+        if resumed:
+            ds += slab(drunning + from_s * K * V, i, j, K, V)
+        t = begin
+    if length > 0:
+        dphi = cut(dphi, tile(start + n.to(tl.int64) * start_n + h * start_h, i, j, start_k, K, V).to(tl.float32))
+        ds = cut(ds, tile(now + n.to(tl.int64) * now_n + h * now_h, i, j, now_k, K, V).to(tl.float32))
+    put_slab(dstart + own, dphi.to(dstart.dtype.element_ty), i, j, K, V)
+    put_slab(dnow + own, ds.to(dnow.dtype.element_ty), i, j, K, V)
+
+
+@triton.jit(do_not_specialize=["beta_b", "g_b", "dbeta_b", "tokens"])
+def collect(
+    k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
+    dk, dk_b, dk_t, dk_h, dv, dv_b, dv_t, dv_h, dbeta, dbeta_b, dbeta_t, dbeta_h, dlog,
+    pieces, slots, running, dslots, de_from, dh_from, dg, tokens, heads, group,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """dk, dv, dbeta and dlog_decay of one piece and head."""
+    row = (tl.program_id(0) // heads).to(tl.int64)
+    h = tl.program_id(0) % heads
+    size = tl.load(pieces + row * 4 + 2).to(tl.int32)
+    if size == 0:
+        return
+    n = tl.load(pieces + row * 4)
+    first = tl.load(pieces + row * 4 + 1)
+    batch = tl.zeros_like(n) if PACKED else n
+    at = tl.arange(0, BT)
+    i = tl.arange(0, BK)
+    j = tl.arange(0, BV)
+    key = tile(k + batch * k_b + first * k_t + (h // group) * k_h, at, i, k_t, size, K).to(OPERAND)
+    value = tile(v + batch * v_b + first * v_t + h * v_h, at, j, v_t, size, V).to(OPERAND)
+    strength = strengths(beta + batch * beta_b + first * beta_t + h * beta_h, at, i, beta_t, size, K, PER_SLOT)
+    wide = slab(slots + (row * heads + h) * K * V, i, j, K, V)
+    phi = wide.to(OPERAND)
+    if GATED:
+        g += batch * g_b + first * g_t + h * g_h
+    w, b = to_end(g, at, g_t, size, GATED)
+    hm = value
+    z = key.to(tl.float32)
+    if OBJECTIVE == DECODING:
+        hm = (value.to(tl.float32) - dot(key, phi, PRECISION)).to(OPERAND)
+    elif OBJECTIVE == ENCODING:
+        z -= dot(value, tl.trans(phi), PRECISION)
+    d = slab(dslots + (row * heads + h) * K * V, i, j, K, V)
+    du = (d - tl.sum(d * wide, 1)[:, None] * wide).to(OPERAND)
+    through = w[:, None] * dot(hm, tl.trans(du), PRECISION)
+    to = (batch * tokens + first) * heads + h
+    de = through + tile(de_from + to * K, at, i, heads * K, size, K)
+    e = strength * z
+    dh = dot((w[:, None] * e).to(OPERAND), du, PRECISION) + tile(dh_from + to * V, at, j, heads * V, size, V)
+    dkey = strength * de
+    if OBJECTIVE == ENCODING:
+        dh -= dot((strength * through).to(OPERAND), phi, PRECISION)
+    elif OBJECTIVE == DECODING:
+        dkey -= dot(dh.to(OPERAND), tl.trans(phi), PRECISION)
+    put(dk + batch * dk_b + first * dk_t + h * dk_h, dkey.to(dk.dtype.element_ty), at, i, dk_t, size, K)
+    put(dv + batch * dv_b + first * dv_t + h * dv_h, dh.to(dv.dtype.element_ty), at, j, dv_t, size, V)
+    dbeta += batch * dbeta_b + first * dbeta_t + h * dbeta_h
+    if PER_SLOT:
+        put(dbeta, (z * de).to(dbeta.dtype.element_ty), at, i, dbeta_t, size, K)
+    else:
+        tl.store(dbeta + at * dbeta_t, tl.sum(z * de, 1).to(dbeta.dtype.element_ty), mask=at < size)
+    if GATED:
+        s = wide
+        if tl.load(pieces + row * 4 + 3) != 0:
+            s = slab(running + ((row if CUT else n) * heads + h) * K * V, i, j, K, V)
+        each = tl.sum(e * through, 1)
+        moved = tl.sum(tl.where(at[:, None] < at[None, :], each[:, None], 0.0), 0) + b * tl.sum(d * s)
+        moved += tl.load(dg + (to + at * heads), mask=at < size, other=0)
+        moved = tl.where(tl.exp(logs(g, at, g_t, size)) > 0, moved, 0.0)
+        tl.store(dlog + (to + at * heads), moved.to(dlog.dtype.element_ty), mask=at < size)
+
+
+def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arrays) -> None:
+    """Fill the gradients of ``x``."""
+    shape, s = Shape.of(problem, back=True), problem.sizes
+    if s.N * s.H == 0:
+        return
+    kind = torch.bfloat16 if problem.dtype == "bfloat16" else torch.float32
+    common = shape.common | {"OPERAND": tl.bfloat16 if problem.dtype == "bfloat16" else tl.float32}
+    found = walk(problem, shape, config, x, {}, keep=True)
+    device = found.slots.device
+    reads = {**common, "READ_NORM": problem.option["read_norm"], "num_warps": config["piece_warps"], "num_stages": 1}
+    grid = (shape.rows * s.H,)
+    dy = dout.get("y")
+    dy = torch.zeros((s.B, s.T, s.H, s.V), dtype=x["v"].dtype, device=device) if dy is None else dense(dy)
+    dq, dk = spread(problem, dx, "q"), spread(problem, dx, "k")
+
+    def tokens(width: int, dtype: torch.dtype = kind) -> Array:
+        return torch.empty((s.B, s.T, s.H, width), dtype=dtype, device=device)
+
+    weight, held, da, f, dp = (tokens(s.K) for _ in range(5))
+    de, dh, dg = tokens(s.K, torch.float32), tokens(s.V, torch.float32), tokens(1, torch.float32)
+    moments = torch.empty((found.running.shape[0], s.H, 3, s.K), dtype=torch.float32, device=device)
+    dslots, drunning = torch.empty_like(found.slots), torch.empty_like(found.running)
+    states = (found.pieces, found.slots, found.running)
+    measure[grid](
+        *inputs(x),
+        *place(dy, 0, 1, 2),
+        *place(dq, 0, 1, 2),
+        directions(problem, device),
+        *(*states, weight, held, da, f, dp, de, moments, dg),
+        *(s.T, s.H, s.H // s.G, problem.option["scale"]),
+        **reads,
+    )
+    absorb[grid](
+        *inputs(x)[4:],
+        *place(dy, 0, 1, 2),
+        *(*states, weight, held, da, f, dp, moments, dh, dslots, drunning),
+        *(s.T, s.H, s.H // s.G),
+        **reads,
+    )
+    _retreat(problem, config, shape, common, x, found, dout, dx, dslots, drunning)
+    dbeta = dx["beta"]
+    collect[grid](
+        *inputs(x)[4:],
+        *place(dk, 0, 1, 2),
+        *place(dx["v"], 0, 1, 2),
+        *place(dbeta, 0, 1, 2),
+        dx.get("log_decay"),
+        *(*states, dslots, de, dh, dg),
+        *(s.T, s.H, s.H // s.G),
+        **common,
+        num_warps=config["piece_warps"],
+        num_stages=1,
+    )
+    gather(problem, dx, "q", dq)
+    gather(problem, dx, "k", dk)
+
+
+def _retreat(
+    problem: Problem,
+    config: Config,
+    shape: Shape,
+    common: dict[str, object],
+    x: Arrays,
+    found: Walk,
+    dout: Arrays,
+    dx: Arrays,
+    dslots: Array,
+    drunning: Array,
+) -> None:
+    """Launch ``retreat``."""
+    s, offsets = problem.sizes, x.get("offsets")
+
+    def given(name: str) -> Array:
+        return None if dout.get(name) is None else dout[name].contiguous()
+
+    retreat[(s.N * s.H,)](
+        *inputs(x)[4:],
+        *place(dense(x["initial.start"]), 0, 1, 2),
+        *place(dense(x["initial.now"]), 0, 1, 2),
+        *place(x["initial.phase"], 0),
+        *(offsets, first_marks(problem, offsets)),
+        *(found.slots, found.running, found.ends, dslots, drunning),
+        *(given(name) for name in ("final.start", "final.now", "checkpoint.start", "checkpoint.now")),
+        *(dx["initial.start"], dx["initial.now"]),
+        *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G),
+        **common,
+        **shape.chunk,
+        num_warps=config["chain_warps"],
+        num_stages=1,
+    )

@@ -1,0 +1,288 @@
+"""A block of TTT-linear: where it lies, how its tokens weigh on each other, and its inner gradients.
+
+A block holds up to ``ROWS`` tokens: whole mini-batches of b tokens where they fit, a piece of one where they do not.
+Token i of a block has place π_i in its mini-batch, which is number μ_i of those that the block touches, counted from 0.
+The block starts with weights W, c and, inside a mini-batch, with running sums A, a. Two matrices say how much of the
+inner gradient E_j token i feels, τ being the last rate of a mini-batch and ``rate_i = token_scale[π_i]``:
+
+    key_ij = −τ [μ_j < μ_i]         query_ij = −τ [μ_j < μ_i] − rate_i [μ_j = μ_i, j ≤ i]
+    of A, a:  key_i = −τ [μ_i > 0]  query_i = −τ if μ_i > 0 else −rate_i
+
+The blocks of all sequences are listed in a table: sequence, first token in it, tokens, place of the first. Sequence n
+has its blocks from slot ``offsets[n] // spacing + 2n`` on in a pack, ``n (T // spacing + 2)`` in a batch; slots that
+are left over hold no tokens.
+
+Matrices in memory are ``[..., D, D]``, taken ``SLICE`` rows at a time.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mixers.backend import Config
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array
+
+from .kernel import block, dense, precision
+
+NORM_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def long(stride, ALIGNED: tl.constexpr):
+    """A stride in 64 bits; ALIGNED promises that rows start where 8 numbers can be read at once."""
+    stride = stride.to(tl.int64)
+    if ALIGNED:
+        stride = tl.multiple_of(stride, 8)
+    return stride
+
+
+@triton.jit
+def first_slot(n, first, tokens, spacing, PACKED: tl.constexpr):
+    """The slot of a sequence's first block."""
+    if PACKED:
+        return first // spacing + 2 * n.to(tl.int64)
+    return n.to(tl.int64) * (tokens // spacing + 2)
+
+
+@triton.jit
+def cut(t, place, length, CHUNK: tl.constexpr, ROWS: tl.constexpr, EVERY: tl.constexpr):
+    """Tokens of the block that starts at ``t``: up to the end of a mini-batch, of the sequence, or to a checkpoint."""
+    whole: tl.constexpr = max(ROWS // CHUNK, 1) * CHUNK
+    rows = tl.minimum(tl.minimum(whole - place, ROWS), length - t)
+    if EVERY > 0:
+        rows = tl.minimum(rows, EVERY - t % EVERY)
+    return rows
+
+
+@triton.jit
+def load_tile(base, stride, i, d, rows, WIDTH: tl.constexpr):
+    """Rows below ``rows`` and columns below the width; zeros elsewhere."""
+    return tl.load(base + i[:, None] * stride + d[None, :], mask=(i < rows)[:, None] & (d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(base, stride, i, d, rows, tile, WIDTH: tl.constexpr):
+    """The other way round."""
+    mask = (i < rows)[:, None] & (d < WIDTH)[None, :]
+    tl.store(base + i[:, None] * stride + d[None, :], tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(base, d, WIDTH: tl.constexpr):
+    """One row, in float32."""
+    return tl.load(base + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(base, d, row, WIDTH: tl.constexpr):
+    """One row."""
+    tl.store(base + d, row.to(base.dtype.element_ty), mask=d < WIDTH)
+
+
+@triton.jit
+def load_affine(gain, gain_h, shift, shift_h, head, d, WIDTH: tl.constexpr):
+    """The rows w and w_b; 1 and 0 where they were not given."""
+    w = tl.where(d < WIDTH, 1.0, 0.0)
+    if gain is not None:
+        w = load_row(gain + head * gain_h, d, WIDTH)
+    w_b = tl.zeros_like(w)
+    if shift is not None:
+        w_b = load_row(shift + head * shift_h, d, WIDTH)
+    return w, w_b
+
+
+@triton.jit
+def load_rate(scale, place, CHUNK: tl.constexpr):
+    """``token_scale`` at a place; 1/i, counted from 1, where none was given."""
+    if scale is None:
+        return 1.0 / (place + 1).to(tl.float32)
+    return tl.load(scale + place % CHUNK).to(tl.float32)
+
+
+@triton.jit
+def last_rate(scale, CHUNK: tl.constexpr):
+    """τ, the rate at a mini-batch's end."""
+    return load_rate(scale, tl.full((), CHUNK - 1, tl.int64), CHUNK)
+
+
+@triton.jit
+def mini_batch(place, i, CHUNK: tl.constexpr):
+    """μ and π of every token of a block."""
+    at = (place + i).to(tl.int32)
+    return at // CHUNK, at % CHUNK
+
+
+@triton.jit
+def completed(mu, end, CHUNK: tl.constexpr):
+    """Which tokens' mini-batches end with the block, whose last token has place ``end − 1`` from the first's start."""
+    return (mu + 1) * CHUNK <= end
+
+
+@triton.jit
+def copy(source, start, stride, target, WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr):
+    """A matrix in memory to another place, where its rows follow each other; zeros where there is none."""
+    d = tl.arange(0, D)
+    for begin in range(0, WIDTH, SLICE):
+        s = begin + tl.arange(0, SLICE)
+        tile = tl.zeros((SLICE, D), tl.float32)
+        if source is not None:
+            tile = load_tile(source + start, stride, s, d, WIDTH, WIDTH).to(tl.float32)
+        store_tile(target, WIDTH, s, d, WIDTH, tile, WIDTH)
+
+
+@triton.jit
+def add_product(sums, x, stride, matrix, across, down, i, rows, WIDTH: tl.constexpr, D: tl.constexpr,
+                SLICE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``sums + X M``, X rows in memory and M a matrix in memory, element ``(r, s)`` at ``r·across + s·down``."""
+    d = tl.arange(0, D)
+    for start in range(0, WIDTH, SLICE):
+        s = start + tl.arange(0, SLICE)
+        part = load_tile(x, stride, i, s, rows, WIDTH).to(OPERAND)
+        mask = (s < WIDTH)[:, None] & (d < WIDTH)[None, :]
+        m = tl.load(matrix + s[:, None] * across + d[None, :] * down, mask=mask, other=0.0).to(OPERAND)
+        sums = tl.dot(part, m, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def scores(x, x_stride, y, y_stride, i, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr,
+           OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``X Yᵀ`` of rows in memory."""
+    sums = tl.zeros((ROWS, ROWS), tl.float32)
+    for start in range(0, WIDTH, SLICE):
+        s = start + tl.arange(0, SLICE)
+        left = load_tile(x, x_stride, i, s, rows, WIDTH).to(OPERAND)
+        right = load_tile(y, y_stride, i, s, rows, WIDTH).to(OPERAND)
+        sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def earlier(mu, factor):
+    """``factor [μ_j < μ_i]``."""
+    return tl.where(mu[None, :] < mu[:, None], factor, 0.0)
+
+
+@triton.jit
+def same(mu, i):
+    """Whether token j lies in token i's mini-batch, and not behind it."""
+    return (mu[None, :] == mu[:, None]) & (i[None, :] <= i[:, None])
+
+
+@triton.jit
+def standardise(z, d, WIDTH: tl.constexpr, D: tl.constexpr):
+    """``(z − mean)/std`` of every row, and 1/std."""
+    z = z - (tl.sum(z, 1) * (1.0 / WIDTH))[:, None]
+    if WIDTH < D:
+        z = tl.where((d < WIDTH)[None, :], z, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(z * z, 1) * (1.0 / WIDTH) + NORM_EPS)
+    return z * inverse[:, None], inverse
+
+
+@triton.jit
+def project(p, x, d, WIDTH: tl.constexpr, D: tl.constexpr):
+    """``P ⟂ x̂``, row by row."""
+    p = p - (tl.sum(p, 1) * (1.0 / WIDTH))[:, None] - x * (tl.sum(p * x, 1) * (1.0 / WIDTH))[:, None]
+    if WIDTH < D:
+        p = tl.where((d < WIDTH)[None, :], p, 0.0)
+    return p
+
+
+@triton.jit
+def pull_gradient(de, h, x, squared, beta, inverse, d, WIDTH: tl.constexpr, D: tl.constexpr):
+    """From dE to dZ; ``squared`` is w∘w."""
+    gamma = de * (beta * inverse)[:, None]
+    slope = tl.sum(gamma * x, 1) * (1.0 / WIDTH)
+    level = tl.sum(h * x, 1) * (1.0 / WIDTH)
+    along = tl.sum(gamma * (h - (tl.sum(h, 1) * (1.0 / WIDTH))[:, None] - x * level[:, None]), 1) * (1.0 / WIDTH)
+    dh = gamma - (tl.sum(gamma, 1) * (1.0 / WIDTH))[:, None] - x * slope[:, None]
+    if WIDTH < D:
+        dh = tl.where((d < WIDTH)[None, :], dh, 0.0)
+    dx = squared[None, :] * dh - gamma * level[:, None] - h * slope[:, None]
+    return (project(dx, x, d, WIDTH, D) - x * along[:, None]) * inverse[:, None]
+
+
+def operands(problem: Problem) -> tuple[torch.dtype, str]:
+    """The dtype of operands of products, and how those of float32 are multiplied.
+
+    Half precision is too little within: the layer norm makes y nearly blind to the size of E, so that the gradients of
+    beta and of the rates are what is left of sums that cancel. Three tf32 products keep what is left.
+    """
+    return torch.float32, precision(problem) if problem.dtype == "float32" else "tf32x3"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What both passes hand to their kernels: constants, and how the blocks lie in scratch.
+
+    Attributes:
+        constants: the ``constexpr`` arguments that all kernels share.
+        operand: the dtype of operands of products.
+        slots: blocks of all sequences, and a few to spare.
+        spacing: tokens between a sequence's slots, at least.
+        resident: whether W stays on chip.
+        launch: warps and stages.
+    """
+
+    constants: dict[str, Any]
+    operand: torch.dtype
+    slots: int
+    spacing: int
+    resident: bool
+    launch: dict[str, int]
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config, x: Arrays) -> "Layout":
+        """The layout of a call."""
+        s, chunk, every, rows = (
+            problem.sizes,
+            problem.option["chunk_size"],
+            problem.flags.checkpoint_every,
+            config["rows"],
+        )
+        full = min(max(rows // chunk, 1) * chunk, rows)
+        # Blocks that are cut short: at the end of a long mini-batch, before and behind a checkpoint.
+        a_token = 1 / full + (chunk > rows) / chunk + (2 / every if every else 0)
+        spacing = max(1, int(1 / a_token))
+        carry = chunk > rows or every > 0
+        operand, multiply = operands(problem)
+        # Tiles of true float32 products, which no tensor core computes, must be small.
+        wide, exact = operand == torch.float32, multiply == "ieee"
+        constants = {
+            "WIDTH": s.K,
+            "D": block(s.K),
+            "SLICE": 32 if wide or s.K > 128 else block(s.K),
+            "ROWS": rows,
+            "CHUNK": chunk,
+            "CARRY": carry,
+            "PACKED": problem.packed,
+            "ALIGNED": _aligned(x),
+            "OPERAND": tl.float32 if wide else tl.bfloat16,
+            "PRECISION": multiply,
+        }
+        launch = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+        widest = 64 if exact else 128
+        return cls(constants, operand, s.B * (s.T // spacing) + 2 * s.N, spacing, widest >= s.K, launch)
+
+
+def _aligned(x: Arrays) -> bool:
+    """Whether every row of what is read by rows starts where 8 numbers can be read at once."""
+    tensors = (dense(x[name]) for name in ("q", "k", "v", "initial.weight", "initial.weight_sum"))
+    return x["q"].shape[-1] % 8 == 0 and all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1])
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What ``learn`` leaves behind; see there."""
+
+    table: Array
+    counts: Array
+    weights: Array
+    sums: Array
+    biases: Array
+    bias_sums: Array
+    write: Array
