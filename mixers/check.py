@@ -573,7 +573,10 @@ def fitted(case: Case) -> Case | None:
     """The case where its kernel runs, without checkpoints if it refuses them; None where it refuses all the same."""
     plain = dataclasses.replace(case.setting, checkpoint_every=0)
     for setting, device in itertools.product((case.setting, plain), DEVICES):
-        if supported(setting, case.kernel, case.dtype, case.library, device):
+        calls = [setting]
+        if case.law == "steps":
+            calls.append(dataclasses.replace(plain, lengths=(1,) * len(plain.lengths)))
+        if all(supported(call, case.kernel, case.dtype, case.library, device) for call in calls):
             return dataclasses.replace(case, setting=setting, device=device)
     return None
 

@@ -72,8 +72,8 @@ class Cut:
         self.precision = precision(problem) if problem.dtype == "float32" else "tf32"
         self.warps = 4 if q.element_size() == 2 else 8
         self.inward = self.outward = self.fade = self.pairs = self.a = None
-        # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: Triton 3.6 reads
-        # beyond its shared memory where a product of 16 columns is the left operand of the next.
+        # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: Triton 3.6
+        # reads beyond its shared memory where a product of 16 columns is the left operand of the next.
         self.wide = (64, 64) if q.element_size() == 2 else (min(32, block(s.K)), min(32, block(s.V)))
         self.inward = self.outward = self.fade = self.pairs = self.a = None
         # Side by side there are programs enough: what counts is that accumulators fit into registers.
@@ -128,11 +128,15 @@ class Cut:
             )  # fmt: skip
         if self.delta:
             self.a = self.scratch(self.block_t)
-            forwards.solve[grid](
+            blocks = self.block_t // 16
+            diagonal = self.scratch(16, torch.float32)
+            shared = (
                 *place(self.plain[1], 0, 1, 2), *place(self.beta, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.pairs, self.a, self.offsets, *self.lengths(),
-                **self.constants(self.wide[0]), DECAY=self.decay, PRECISION=self.precision, num_warps=1, num_stages=1,
+                self.pairs, diagonal, self.a, self.offsets, *self.lengths(),
             )  # fmt: skip
+            constants = self.constants(self.wide[0]) | {"DECAY": self.decay, "PRECISION": self.precision}
+            forwards.invert[(grid[0] * blocks,)](*shared, **constants, num_warps=1, num_stages=1)
+            forwards.substitute[(grid[0] * (blocks - 1),)](*shared, **constants, num_warps=1, num_stages=1)
 
     def _fold(self, grid: tuple[int]) -> None:
         """Decays a channel, folded into q and k, and the pairs inside of chunks."""
@@ -242,8 +246,9 @@ def _side_by_side(
     problem, s = cut.problem, cut.problem.sizes
     folded = cut.decay == 2
     dq, dk = (spread(problem, dx, name) for name in ("q", "k"))
-    dq_reads = cut.scratch(s.K) if folded else dq
-    dk_reads = cut.scratch(s.K) if folded or cut.delta else dk
+    # What decays are still to meet stays in float32: it is summed before it is rounded.
+    dq_reads = cut.scratch(s.K, torch.float32) if folded else dq
+    dk_reads = cut.scratch(s.K, torch.float32 if folded else None) if folded or cut.delta else dk
     dw = cut.scratch(s.K) if cut.delta else None
     dp = cut.scratch(cut.block_t) if folded else None
     dfade = torch.empty_like(cut.fade) if folded else None
@@ -253,11 +258,12 @@ def _side_by_side(
         *place(cut.q, 0, 1, 2), *place(cut.k, 0, 1, 2), *place(written, 0, 1, 2), *place(dy, 0, 1, 2),
         *place(cut.g, 0, 1, 2), states, dstates, dwritten, cut.inward, cut.outward, cut.fade,
         dq_reads, dk_reads, dw, dp, dg_reads, dfade, cut.offsets, *cut._lengths_of(cut.k), cut.scale,
-        **cut.constants(*cut.wide), DELTA=cut.delta, DECAY=cut.decay, PRECISION=cut.precision, num_warps=cut.warps, num_stages=2,
+        **cut.constants(*cut.wide), DELTA=cut.delta, DECAY=cut.decay, PRECISION=cut.precision,
+        num_warps=cut.warps, num_stages=2,
     )  # fmt: skip
     dkeys_in = dn = None
     if cut.delta:
-        dkeys_in, dn = (cut.scratch(s.K), cut.scratch(cut.block_t)) if folded else (None, None)
+        dkeys_in, dn = (cut.scratch(s.K, torch.float32), cut.scratch(cut.block_t)) if folded else (None, None)
         adjoint.writes_back[(cut.rows * s.H,)](
             *place(cut.keys_in, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(cut.beta, 0, 1, 2), *place(cut.g, 0, 1, 2),
             cut.pairs, cut.a, cut.w, cut.u, dw, dwritten, cut.inward, dk_reads, dg_reads,

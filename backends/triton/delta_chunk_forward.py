@@ -7,7 +7,7 @@ A chunk of C tokens starts from a state S; rows are tokens, G a running sum of `
     U' = U − W S  (delta), V (linear)                                   Y = scale (e^G∘Q) S + P U'
     S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
 
-``solve`` fills A and ``scores`` P for all chunks side by side: they do not depend on the state, so they are off the
+``invert`` and ``substitute`` fill A, ``scores`` P, for all chunks side by side: no state is in them, so they are off the
 chain. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
 ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W and U from
 ``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by side. With one decay a
@@ -63,10 +63,10 @@ def product(x, x_t, k, k_t, a, b, count, K: tl.constexpr, BK: tl.constexpr, PREC
 
 @triton.jit
 def gram(
-    k, k_t, beta, beta_t, g, g_t, pairs, a, b, count, step,
+    k, k_t, beta, beta_t, g, g_t, pairs, a, b, OWN: tl.constexpr, count, step,
     K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of N: ``beta_i ⟨k_i, k_j⟩`` with its decay, for i in sub-chunk a and j in b."""
+    """A block of N: ``beta_i ⟨k_i, k_j⟩`` with its decay, for i in sub-chunk a and j in b; OWN where they are one."""
     t = tl.arange(0, 16)
     if DECAY == 2:
         where = (a * 16 + t[:, None]) * step + b * 16 + t[None, :]
@@ -74,12 +74,12 @@ def gram(
     else:
         found = product(k, k_t, k, k_t, a, b, count, K, BK, PRECISION)
     if DECAY == 1:
-        if a == b:
+        if OWN:
             found *= own_decay(g, g_t, a, count)
         else:
             found *= block_decay(g, g_t, a, b, count)
     found *= tl.load(beta + (a * 16 + t) * beta_t, mask=a * 16 + t < count, other=0.0).to(tl.float32)[:, None]
-    if a == b:
+    if OWN:
         found = tl.where(t[:, None] > t[None, :], found, 0.0)
     return found
 
@@ -92,67 +92,102 @@ def put(x, a, b, value, count, step):
     tl.store(x + where, value.to(x.dtype.element_ty), mask=(a * 16 + t < count)[:, None])
 
 
+@triton.jit
+def fetch(x, a, b, count, step):
+    """A block of a matrix of the chunk; zeros behind its last token."""
+    t = tl.arange(0, 16)
+    where = (a * 16 + t[:, None]).to(tl.int64) * step + b * 16 + t[None, :]
+    return tl.load(x + where, mask=(a * 16 + t < count)[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
-def solve(
-    k, k_b, k_t, k_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, pairs, a, offsets,
+def invert(
+    k, k_b, k_t, k_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, pairs, diagonal, a, offsets,
     tokens, sequences, per, every, heads, group,
     K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
     CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``A = (I + N)⁻¹`` of one chunk of one head, by one warp: sub-chunks of 16 tokens, then blocks of blocks.
-
-    The inverse of ``[[X, 0], [N, Y]]`` is ``[[X⁻¹, 0], [−Y⁻¹ N X⁻¹, Y⁻¹]]``. A chunk has two sub-chunks or four.
-    """
+    """The inverse of one diagonal block of I + N, 16 tokens, by one warp."""
     pid = tl.program_id(0)
-    head, row = pid % heads, (pid // heads).to(tl.int64)
+    subs: tl.constexpr = BT // 16
+    sub, head, row = pid % subs, (pid // subs) % heads, (pid // (subs * heads)).to(tl.int64)
     batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
-    if count <= 0:
+    if count <= sub * 16:
         return
     count = count.to(tl.int32)
     k += batch * k_b + start * k_t + (head // group) * k_h
     beta += batch * beta_b + start * beta_t + head * beta_h
     if DECAY == 1:
         g += batch * g_b + start * g_t + head * g_h
-    place = ((batch * tokens + start) * heads + head) * BT
-    a += place
+    place = (batch * tokens + start) * heads + head
+    a += place * BT
     if DECAY == 2:
-        pairs += place
+        pairs += place * BT
     step = heads * BT
-    n00 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 0, 0, count, step, K, BK, BT, DECAY, PRECISION)
-    n10 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 1, 0, count, step, K, BK, BT, DECAY, PRECISION)
-    n11 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 1, 1, count, step, K, BK, BT, DECAY, PRECISION)
-    a00, a11 = inverse(n00, 16, PRECISION), inverse(n11, 16, PRECISION)
-    a10 = -dot(dot(a11, n10, PRECISION), a00, PRECISION)
+    n = gram(k, k_t, beta, beta_t, g, g_t, pairs, sub, sub, True, count, step, K, BK, BT, DECAY, PRECISION)
+    solved = inverse(n, 16, PRECISION)
+    put(diagonal + place * 16, sub, 0, solved, count, heads * 16)
+    put(a, sub, sub, solved, count, step)
     nothing = tl.zeros([16, 16], tl.float32)
-    put(a, 0, 0, a00, count, step)
-    put(a, 0, 1, nothing, count, step)
-    put(a, 1, 0, a10, count, step)
-    put(a, 1, 1, a11, count, step)
-    if BT == 64:
-        n22 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 2, 2, count, step, K, BK, BT, DECAY, PRECISION)
-        n32 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 3, 2, count, step, K, BK, BT, DECAY, PRECISION)
-        n33 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 3, 3, count, step, K, BK, BT, DECAY, PRECISION)
-        a22, a33 = inverse(n22, 16, PRECISION), inverse(n33, 16, PRECISION)
-        a32 = -dot(dot(a33, n32, PRECISION), a22, PRECISION)
-        put(a, 0, 2, nothing, count, step)
-        put(a, 0, 3, nothing, count, step)
-        put(a, 1, 2, nothing, count, step)
-        put(a, 1, 3, nothing, count, step)
-        put(a, 2, 2, a22, count, step)
-        put(a, 2, 3, nothing, count, step)
-        put(a, 3, 2, a32, count, step)
-        put(a, 3, 3, a33, count, step)
-        n20 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 2, 0, count, step, K, BK, BT, DECAY, PRECISION)
-        n21 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 2, 1, count, step, K, BK, BT, DECAY, PRECISION)
-        n30 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 3, 0, count, step, K, BK, BT, DECAY, PRECISION)
-        n31 = gram(k, k_t, beta, beta_t, g, g_t, pairs, 3, 1, count, step, K, BK, BT, DECAY, PRECISION)
-        left = dot(n20, a00, PRECISION) + dot(n21, a10, PRECISION)
-        right = dot(n30, a00, PRECISION) + dot(n31, a10, PRECISION)
-        put(a, 2, 0, -dot(a22, left, PRECISION), count, step)
-        put(a, 3, 0, -dot(a32, left, PRECISION) - dot(a33, right, PRECISION), count, step)
-        left, right = dot(n21, a11, PRECISION), dot(n31, a11, PRECISION)
-        put(a, 2, 1, -dot(a22, left, PRECISION), count, step)
-        put(a, 3, 1, -dot(a32, left, PRECISION) - dot(a33, right, PRECISION), count, step)
+    for other in range(sub + 1, subs):
+        put(a, sub, other, nothing, count, step)
+
+
+@triton.jit
+def below(
+    k, k_t, beta, beta_t, g, g_t, pairs, diagonal, i, j, x0, x1, x2, count, step,
+    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``A_ij = −A_ii Σ_m N_im A_mj`` from the ROWS blocks A_mj, m from j on, that are known."""
+    n = gram(k, k_t, beta, beta_t, g, g_t, pairs, i, j, False, count, step, K, BK, BT, DECAY, PRECISION)
+    found = dot(n, x0, PRECISION)
+    if ROWS > 1:
+        n = gram(k, k_t, beta, beta_t, g, g_t, pairs, i, j + 1, False, count, step, K, BK, BT, DECAY, PRECISION)
+        found += dot(n, x1, PRECISION)
+    if ROWS > 2:
+        n = gram(k, k_t, beta, beta_t, g, g_t, pairs, i, j + 2, False, count, step, K, BK, BT, DECAY, PRECISION)
+        found += dot(n, x2, PRECISION)
+    return -dot(fetch(diagonal, i, 0, count, step // BT * 16), found, PRECISION)
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
+def substitute(
+    k, k_b, k_t, k_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, pairs, diagonal, a, offsets,
+    tokens, sequences, per, every, heads, group,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A column of blocks of A below its diagonal, by one warp: a substitution, a block of 16 tokens at a time."""
+    pid = tl.program_id(0)
+    columns: tl.constexpr = BT // 16 - 1
+    j, head, row = pid % columns, (pid // columns) % heads, (pid // (columns * heads)).to(tl.int64)
+    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    if count <= (j + 1) * 16:
+        return
+    count = count.to(tl.int32)
+    k += batch * k_b + start * k_t + (head // group) * k_h
+    beta += batch * beta_b + start * beta_t + head * beta_h
+    if DECAY == 1:
+        g += batch * g_b + start * g_t + head * g_h
+    place = (batch * tokens + start) * heads + head
+    a += place * BT
+    diagonal += place * 16
+    if DECAY == 2:
+        pairs += place * BT
+    step = heads * BT
+    x0 = fetch(diagonal, j, 0, count, heads * 16)
+    x1 = below(k, k_t, beta, beta_t, g, g_t, pairs, diagonal, j + 1, j, x0, x0, x0, count, step,
+               1, K, BK, BT, DECAY, PRECISION)  # fmt: skip
+    put(a, j + 1, j, x1, count, step)
+    if (j + 2) * 16 < count:
+        x2 = below(k, k_t, beta, beta_t, g, g_t, pairs, diagonal, j + 2, j, x0, x1, x1, count, step,
+                   2, K, BK, BT, DECAY, PRECISION)  # fmt: skip
+        put(a, j + 2, j, x2, count, step)
+        if (j + 3) * 16 < count:
+            x3 = below(k, k_t, beta, beta_t, g, g_t, pairs, diagonal, j + 3, j, x0, x1, x2, count, step,
+                       3, K, BK, BT, DECAY, PRECISION)  # fmt: skip
+            put(a, j + 3, j, x3, count, step)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])

@@ -14,6 +14,7 @@ rounding grow from token to token. Tokens are loaded two ahead of their use. A r
 import torch
 import triton
 import triton.language as tl
+
 from mixers.backend import Config, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array

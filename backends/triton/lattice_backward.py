@@ -14,6 +14,7 @@ gradient reaches a row of zeros, for which its first direction stood in.
 import torch
 import triton
 import triton.language as tl
+
 from mixers.backend import Config
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from mixers.backend import Config, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array

@@ -34,6 +34,7 @@ none is found by subtraction: where decays are strong, the rest would drown.
 import torch
 import triton
 import triton.language as tl
+
 from mixers.backend import Config
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array

@@ -8,6 +8,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from mixers.algebra import unit_directions
 from mixers.problem import Problem
 from mixers.spec import Array

@@ -99,14 +99,20 @@ def load_affine(gain, gain_h, shift, shift_h, head, d, WIDTH: tl.constexpr):
 def load_rate(scale, place, CHUNK: tl.constexpr):
     """``token_scale`` at a place; 1/i, counted from 1, where none was given."""
     if scale is None:
-        return 1.0 / (place + 1).to(tl.float32)
-    return tl.load(scale + place % CHUNK).to(tl.float32)
+        rate = 1.0 / (place + 1).to(tl.float32)
+    else:
+        rate = tl.load(scale + place % CHUNK).to(tl.float32)
+    return rate
 
 
 @triton.jit
 def last_rate(scale, CHUNK: tl.constexpr):
     """τ, the rate at a mini-batch's end."""
-    return load_rate(scale, tl.full((), CHUNK - 1, tl.int64), CHUNK)
+    if scale is None:
+        rate = 1.0 / CHUNK
+    else:
+        rate = tl.load(scale + (CHUNK - 1)).to(tl.float32)
+    return rate
 
 
 @triton.jit
