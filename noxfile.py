@@ -19,13 +19,16 @@ nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 PINS = ("-c", "constraints.txt")
 
 # What each session installs, and no more, so that a stray import of another library fails; and what it checks. torch
-# brings autodiff, so its session checks everything; JAX arrays run on the reference. `--share n` takes every n-th case
-# of the laws, another part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
+# brings autodiff, so its session checks everything; JAX arrays run on the reference; Triton's kernels run in its
+# interpreter, where a case takes seconds. `--share n` takes every n-th case of the laws, another part for every kernel
+# and dtype: `pytest tests` without it takes them all, which lasts an hour.
+SIMULATED = ("tests/conformance/test_laws.py", "tests/conformance/test_refusals.py", "tests/test_triton.py")
 TESTS = {
-    "reference": ("", ("--backend", "reference", "--share", "24")),
-    "numba": ("", ("--backend", "numba", "--share", "24")),
-    "torch": ("[torch]", ("--share", "24")),
-    "jax": ("[jax]", ("--backend", "reference", "--share", "48")),
+    "reference": ("", ("tests", "--backend", "reference", "--share", "24")),
+    "numba": ("", ("tests", "--backend", "numba", "--share", "24")),
+    "torch": ("[torch]", ("tests", "--share", "24")),
+    "jax": ("[jax]", ("tests", "--backend", "reference", "--share", "48")),
+    "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "64")),
 }
 
 # Two processes of tests share the cores: threads that wait must not spin, and torch needs no more than one a process.
@@ -38,7 +41,9 @@ def tests(session: nox.Session, backend: str) -> None:
     """The test suite against one backend, with only its extra installed."""
     extra, options = TESTS[backend]
     session.install(*PINS, "-e", f".{extra}", "pytest", "pytest-xdist", "hypothesis")
-    session.run("pytest", "tests", "-n", "2", "--dist", "loadgroup", *options, *session.posargs, env=SHARED_CORES)
+    simulators = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
+    run = ("pytest", "-n", "2", "--dist", "loadgroup", *options, *session.posargs)
+    session.run(*run, env=SHARED_CORES | simulators)
 
 
 @nox.session

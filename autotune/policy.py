@@ -1,6 +1,7 @@
 """The choice: every kernel that could run a problem, those that cannot with their reasons, and the first that can.
 
-Backends are asked in falling order of their ``preference``, a backend's kernels in the order in which it lists them.
+Backends are asked in falling order of their ``preference``, a backend's kernels in the order in which it lists them,
+those that do not suit a problem last.
 """
 
 from collections.abc import Iterator
@@ -70,9 +71,8 @@ def _of_backend(problem: Problem, backend: Backend, explicit: bool) -> Iterator[
     if not status:
         yield Candidate(backend.name, None, None, status)
         return
-    for kernel in backend.kernels():
-        if problem.spec.name not in kernel.mixers:
-            continue
+    mine = (kernel for kernel in backend.kernels() if problem.spec.name in kernel.mixers)
+    for kernel in sorted(mine, key=lambda kernel: not kernel.suits(problem)):
         support = kernel.supports(problem)
         config = kernel.configs(problem)[0] if support else None
         yield Candidate(backend.name, kernel, config, support)

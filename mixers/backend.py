@@ -101,6 +101,10 @@ class Kernel(ABC):
     def supports(self, problem: Problem) -> Support:
         """Whether it runs this problem, whose mixer is one of ``mixers``."""
 
+    def suits(self, problem: Problem) -> bool:
+        """Whether it is a good choice, as far as can be told without measuring: others are asked first where not."""
+        return True
+
     @abstractmethod
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Configurations worth trying; the first is the default."""

@@ -366,7 +366,8 @@ class Mixer:
         """The kernel that decodes a problem on a pool itself, None where there is none."""
         if problem not in self._plans_in_place:
             chosen = choose_in_place(problem, self.backend)
-            self._plans_in_place[problem] = chosen and Plan(chosen.backend, chosen.kernel, chosen.config or {})
+            plan = None if chosen is None else Plan(chosen.backend, chosen.kernel, chosen.config or {})
+            self._plans_in_place[problem] = plan
         return self._plans_in_place[problem]
 
     def _announce(self, chosen: Candidate) -> None:

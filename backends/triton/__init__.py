@@ -4,7 +4,10 @@ Light to import: the kernels, and Triton with them, load when a plan is made. Wi
 kernels run on CPU tensors in Triton's interpreter: slow, for tests, and only where ``backend="triton"`` asks for it.
 """
 
+import contextlib
+import ctypes
 import importlib.util
+import os
 from importlib import import_module
 
 from mixers.backend import Kernel, Place, Support
@@ -22,15 +25,26 @@ class TritonBackend:
     place = Place(("torch",), ("cuda",))
 
     def status(self) -> Support:
-        """Whether Triton and torch can be imported; what a device lacks, the kernels say."""
+        """Whether Triton and torch can be imported and there is a GPU, or its interpreter stands in for one."""
         for package in ("torch", "triton"):
             if importlib.util.find_spec(package) is None:
                 return Support.no(f"{package} is not installed: pip install 'sequence-mixers[triton]'")
+        if not _driver() and os.environ.get("TRITON_INTERPRET", "0") == "0":
+            return Support.no("found no GPU driver; TRITON_INTERPRET=1 runs its kernels on a CPU, slowly, for tests")
         return Support.yes()
 
     def kernels(self) -> tuple[Kernel, ...]:
         """All kernels, in order of preference; imports Triton."""
         return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
+
+
+def _driver() -> bool:
+    """Whether the library of a GPU's driver can be loaded; asks no device, and imports nothing heavy."""
+    for name in ("libcuda.so.1", "libamdhip64.so"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
 
 
 backend = TritonBackend()

@@ -69,7 +69,9 @@ def _attend(problem: Problem, x: Arrays, q: Array, k: Array, v: Array, keys: Arr
         k = torch.cat([keys.to(k.dtype).reshape(rows, -1, *k.shape[2:]), k], dim=1)
         v = torch.cat([values.to(v.dtype).reshape(rows, -1, *v.shape[2:]), v], dim=1)
     y = scaled_dot_product_attention(
-        *(a.transpose(1, 2) for a in (q, k, v)),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
         scale=problem.option["attn_scale"],

@@ -71,11 +71,21 @@ class Cut:
         self.marks = first_marks(problem, x["offsets"])
         self.precision = precision(problem) if problem.dtype == "float32" else "tf32"
         self.warps = 4 if q.element_size() == 2 else 8
-        self.inward = self.outward = self.fade = self.pairs = self.a = None
-        # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: Triton 3.6
-        # reads beyond its shared memory where a product of 16 columns is the left operand of the next.
+        self.inward: Any = None
+        self.outward: Any = None
+        self.fade: Any = None
+        self.pairs: Any = None
+        self.a: Any = None
+        self.w: Any = None
+        # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: on blocks of 16
+        # channels Triton 3.6 reads beyond its shared memory.
         self.wide = (64, 64) if q.element_size() == 2 else (min(32, block(s.K)), min(32, block(s.V)))
-        self.inward = self.outward = self.fade = self.pairs = self.a = None
+        self.inward: Any = None
+        self.outward: Any = None
+        self.fade: Any = None
+        self.pairs: Any = None
+        self.a: Any = None
+        self.w: Any = None
         # Side by side there are programs enough: what counts is that accumulators fit into registers.
         widest = 64 if q.element_size() == 2 else 32
         self.wide = min(widest, block(s.K)), min(widest, block(s.V))
@@ -107,7 +117,7 @@ class Cut:
     def constants(self, block_k: int = 0, block_v: int = 0) -> dict[str, Any]:
         """What is known when a kernel is compiled."""
         s = self.problem.sizes
-        found: dict[str, Any] = {"K": s.K, "BT": self.block_t, "BK": block_k or block(s.K)}
+        found: dict[str, Any] = {"K": s.K, "BT": self.block_t, "BK": block_k or max(self.wide[0], block(s.K))}
         if block_v:
             found |= {"V": s.V, "BV": block_v}
         return found | {"PACKED": self.problem.packed, "CHECKPOINTS": self.every > 0}
@@ -319,10 +329,12 @@ class DeltaChunk(TritonKernel):
     mixers = MIXERS
 
     def takes(self, problem: Problem) -> Support:
-        """More than one token."""
-        if problem.single:
-            return Support.no("one token a sequence is the recurrent kernel's")
+        """Everything."""
         return Support.yes()
+
+    def suits(self, problem: Problem) -> bool:
+        """More than one token a sequence."""
+        return not problem.single
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """The default first: blocks of values as wide as leave a program to every multiprocessor."""

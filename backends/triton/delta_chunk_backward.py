@@ -148,10 +148,20 @@ def reads_back(
         tl.store(dp + place[:, None] * BT + j, tl.where(i >= j, scale * pair, 0.0).to(operand), mask=rows)
     # A token's own pair has no decay: among the others' its rounding would drown theirs.
     own = tl.sum(tl.where(i == j, scale * pair, 0.0), axis=1)[:, None]
-    pair = tl.where(i > j, scale * pair, 0.0).to(operand)
+    pair = tl.where(i > j, scale * pair, 0.0)
+    up, down_sum, total = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), 0.0
+    if DECAY == 1:
+        # Rows and columns of one and the same matrix: what cancels between them cancels.
+        qk = tl.zeros([BT, BT], tl.float32)
+        for at in range(0, K, BK):
+            c = at + tl.arange(0, BK)[None, :]
+            query = tl.load(q + c, mask=rows & (c < K), other=0.0)
+            qk += dot(query, tl.trans(tl.load(k + c, mask=rows & (c < K), other=0.0)), PRECISION)
+        qk *= pair
+        up += tl.sum(qk, axis=1) - tl.sum(qk, axis=0)
+    pair = pair.to(operand)
     pair_t = tl.where(j > i, scale * pair_t, 0.0).to(operand)
 
-    up, down_sum, total = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), 0.0
     for at in range(0, K, BK):
         c = at + tl.arange(0, BK)
         dquery, dkey = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
@@ -176,15 +186,12 @@ def reads_back(
         if DECAY < 2:
             query = tl.load(q + c[None, :], mask=keys, other=0.0)
             key = tl.load(k + c[None, :], mask=keys, other=0.0)
-            dquery += dot(pair, key, PRECISION)
-            through = dot(pair_t, query, PRECISION)
             if DECAY == 1:
-                wide = key.to(tl.float32)
-                up += tl.sum(query.to(tl.float32) * dquery - wide * through, axis=1)
-                down_sum += tl.sum(wide * dkey, axis=1)
+                up += tl.sum(query.to(tl.float32) * dquery, axis=1)
+                down_sum += tl.sum(key.to(tl.float32) * dkey, axis=1)
                 total += tl.sum(faded)
-            dquery += own * key.to(tl.float32)
-            dkey += through + own * query.to(tl.float32)
+            dquery += dot(pair, key, PRECISION) + own * key.to(tl.float32)
+            dkey += dot(pair_t, query, PRECISION) + own * query.to(tl.float32)
         if DECAY == 2:
             where = (row * heads + head) * K + c
             faded *= tl.load(fade + where, mask=c < K, other=0.0)

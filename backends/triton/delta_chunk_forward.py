@@ -7,8 +7,8 @@ A chunk of C tokens starts from a state S; rows are tokens, G a running sum of `
     U' = U − W S  (delta), V (linear)                                   Y = scale (e^G∘Q) S + P U'
     S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
 
-``invert`` and ``substitute`` fill A, ``scores`` P, for all chunks side by side: no state is in them, so they are off the
-chain. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
+``invert`` and ``substitute`` fill A, ``scores`` P, for all chunks side by side: no state is in them, so they are off
+the chain. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
 ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W and U from
 ``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by side. With one decay a
 channel the factors do not come out of the products: ``decays`` folds them into Q and K beforehand.

@@ -100,6 +100,12 @@ def spread(problem: Problem, dx: Arrays, name: str) -> Array:
     return torch.empty((s.B, s.T, s.H, s.K), dtype=torch.float32, device=dx[name].device)
 
 
+def wanted(dx: Arrays, x: Arrays, name: str) -> Array:
+    """Where the gradient of a first state goes: a place of its own where the caller gave none."""
+    found = dx.get(name)
+    return torch.empty(x[name].shape, dtype=torch.float32, device=x[name].device) if found is None else found
+
+
 def gather(problem: Problem, dx: Arrays, name: str, parts: Array) -> None:
     """Sum the parts of a group of value heads."""
     s = problem.sizes

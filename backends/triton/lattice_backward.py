@@ -20,7 +20,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from .blocks import span
-from .kernel import dense, first_marks, gather, place, spread
+from .kernel import dense, first_marks, gather, place, spread, wanted
 from .lattice_slots import (
     DECODING,
     ENCODING,
@@ -201,7 +201,7 @@ def backward(
         torch.empty((programs, SEGMENT, s.K, s.V), dtype=torch.float32, device=kept.device),
         torch.empty((programs, SEGMENT, 2 * s.K + s.V), dtype=torch.float32, device=kept.device),
         *(None if d is None else d.contiguous() for d in (dfinal, dmarked)),
-        dx["initial.state"],
+        wanted(dx, x, "initial.state"),
         *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, option["scale"]),
         **constants,
         READ_NORM=option["read_norm"],

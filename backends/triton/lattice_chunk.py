@@ -111,7 +111,7 @@ def to_end(g, rows, stride, size, GATED: tl.constexpr):
     if GATED:
         rest = tl.exp(tl.cumsum(logs(g, rows + 1, stride, size), reverse=True))
         return rest, tl.exp(tl.sum(logs(g, rows, stride, size)))
-    return tl.full(rows.shape, 1.0, tl.float32), 1.0
+    return tl.full(rows.shape, 1.0, tl.float32), tl.full((), 1.0, tl.float32)
 
 
 @triton.jit
@@ -400,7 +400,7 @@ class Shape:
             "PRECISION": precision(problem) if problem.dtype == "float32" else "tf32",
         }
         pieces = {"CHUNK": chunk, "LONGEST": most, "MARKED": bool(every)}
-        return cls(chunks * each + s.N + (marks if every else 0), common, pieces, common["CUT"])
+        return cls(chunks * each + s.N + (marks if every else 0), common, pieces, bool(common["CUT"]))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from .blocks import dot, span
-from .kernel import dense, first_marks, gather, place, spread
+from .kernel import dense, first_marks, gather, place, spread, wanted
 from .lattice_chunk import (
     Shape,
     Walk,
@@ -548,7 +548,7 @@ def _retreat(
         *(offsets, first_marks(problem, offsets)),
         *(found.slots, found.running, found.ends, dslots, drunning),
         *(given(name) for name in ("final.start", "final.now", "checkpoint.start", "checkpoint.now")),
-        *(dx["initial.start"], dx["initial.now"]),
+        *(wanted(dx, x, "initial.start"), wanted(dx, x, "initial.now")),
         *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G),
         **common,
         **shape.chunk,

@@ -61,8 +61,10 @@ def put_slab(pointer, x, rows, columns, K: tl.constexpr, V: tl.constexpr):
 def strengths(pointer, rows, columns, stride, size, WIDTH: tl.constexpr, PER_SLOT: tl.constexpr):
     """beta of some tokens in float32: [tokens, slots], or [tokens, 1] where it is one for all slots."""
     if PER_SLOT:
-        return tile(pointer, rows, columns, stride, size, WIDTH).to(tl.float32)
-    return tl.load(pointer + rows.to(tl.int64) * stride, mask=rows < size, other=0).to(tl.float32)[:, None]
+        found = tile(pointer, rows, columns, stride, size, WIDTH)
+    else:
+        found = tl.load(pointer + rows.to(tl.int64) * stride, mask=rows < size, other=0)[:, None]
+    return found.to(tl.float32)
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def segment_row(n, first, tokens, SEGMENT: tl.constexpr, PACKED: tl.constexpr):
 def vector(pointer, columns, t, stride, length, WIDTH: tl.constexpr):
     """Row t of a matrix in float32, zeros outside."""
     at = pointer + tl.cast(t, tl.int64) * stride + columns
-    return tl.load(at, mask=(columns < WIDTH) & (t < length), other=0).to(tl.float32)
+    return tl.load(at, mask=columns < tl.where(t < length, WIDTH, 0), other=0).to(tl.float32)
 
 
 @triton.jit

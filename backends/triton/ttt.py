@@ -16,7 +16,7 @@ y from them, a program a block.
 
     q, k [B,T,G,D]   v, y, E [B,T,H,D]   beta [B,T,H]   W, A [N,H,D,D]   c, a [N,H,D]   w, w_b [H,D]   token_scale [C]
 
-W stays on chip where it fits. Products take float32 operands, as ``ttt_rows.operands`` says; sums are float32.
+W stays on chip where it fits. Operands of products are float32, multiplied as ``ttt_rows.multiplied`` says.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ from .ttt_rows import (
     load_tile,
     long,
     mini_batch,
-    operands,
+    multiplied,
     same,
     scores,
     standardise,
@@ -392,8 +392,7 @@ class TTTChunk(TritonKernel):
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Rows of a block, of one mini-batch or of several."""
         width, chunk = problem.widths[2], problem.option["chunk_size"]
-        operand, multiply = operands(problem)
-        most = 16 if multiply == "ieee" else 32 if operand == torch.float32 or width > 128 else 64
+        most = 16 if multiplied(problem, adjoint=False) == "ieee" else 32
         rows = 16 if chunk < 4 else most
         best = rows, 4 if width <= 64 else 8
         others = ((rows, warps) for rows in (16, 32, 64) for warps in (4, 8) if rows <= most and (rows, warps) != best)
@@ -405,12 +404,12 @@ class TTTChunk(TritonKernel):
             for name in out:
                 if name.startswith("checkpoint."):
                     out[name].zero_()
-        at = Layout.of(problem, config, x)
+        at = Layout.of(problem, config, x, adjoint=False)
         _run_read(problem, at, x, _run_learn(problem, at, x, out), out["y"])
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill the gradients of inputs, parameters and first state."""
-        at, v = Layout.of(problem, config, x), x["v"]
+        at, v = Layout.of(problem, config, x, adjoint=True), x["v"]
         standard = torch.empty(v.shape, dtype=at.operand, device=v.device)
         inverse = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
         found = _run_learn(problem, at, x, {}, (standard, inverse))

@@ -212,13 +212,13 @@ def pull_gradient(de, h, x, squared, beta, inverse, d, WIDTH: tl.constexpr, D: t
     return (project(dx, x, d, WIDTH, D) - x * along[:, None]) * inverse[:, None]
 
 
-def operands(problem: Problem) -> tuple[torch.dtype, str]:
-    """The dtype of operands of products, and how those of float32 are multiplied.
+def multiplied(problem: Problem, adjoint: bool) -> str:
+    """How products of float32 operands are computed.
 
-    Half precision is too little within: the layer norm makes y nearly blind to the size of E, so that the gradients of
-    beta and of the rates are what is left of sums that cancel. Three tf32 products keep what is left.
+    Half precision asks less of y than of gradients: the layer norm makes y nearly blind to the size of E, so that the
+    gradients of beta and of the rates are what is left of sums that cancel. Three tf32 products keep what is left.
     """
-    return torch.float32, precision(problem) if problem.dtype == "float32" else "tf32x3"
+    return precision(problem) if problem.dtype == "float32" else "tf32x3" if adjoint else "tf32"
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Layout:
     launch: dict[str, int]
 
     @classmethod
-    def of(cls, problem: Problem, config: Config, x: Arrays) -> "Layout":
+    def of(cls, problem: Problem, config: Config, x: Arrays, adjoint: bool) -> "Layout":
         """The layout of a call."""
         s, chunk, every, rows = (
             problem.sizes,
@@ -255,7 +255,7 @@ class Layout:
         a_token = 1 / full + (chunk > rows) / chunk + (2 / every if every else 0)
         spacing = max(1, int(1 / a_token))
         carry = chunk > rows or every > 0
-        operand, multiply = operands(problem)
+        operand, multiply = torch.float32, multiplied(problem, adjoint)
         # Tiles of true float32 products, which no tensor core computes, must be small.
         wide, exact = operand == torch.float32, multiply == "ieee"
         constants = {

@@ -113,7 +113,7 @@ class Torch:
             return None
         q, (shape, dtype) = call.x["q"], problem.outputs()["y"]
         y = torch.empty(shape, dtype=getattr(torch, dtype), device=q.device)
-        with torch.no_grad(), torch.cuda.device_of(q):
+        with torch.no_grad(), _device(q):
             plan.decode(problem, _with_first_state(problem, call.x), pool, y)
         return y
 
@@ -295,11 +295,16 @@ def _takes_tensors(plan: Plan) -> bool:
     return plan.kernel is not None and plan.kernel.arrays == library.name
 
 
+def _device(tensor: Array) -> Any:
+    """The tensor's GPU as the current one, which is where kernels are launched."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+
+
 def _forward_here(plan: Plan, problem: Problem, x: Arrays) -> Arrays:
     """A kernel that takes tensors, where they are."""
     device = x["q"].device
     out = {n: torch.empty(s, dtype=getattr(torch, d), device=device) for n, (s, d) in problem.outputs().items()}
-    with torch.cuda.device_of(x["q"]):
+    with _device(x["q"]):
         plan.forward(problem, _with_first_state(problem, x), out)
     return out
 
@@ -308,7 +313,7 @@ def _backward_here(plan: Plan, problem: Problem, x: Arrays, out: Arrays, dout: A
     """Gradients of every floating tensor that was given, in its own dtype."""
     given = {n: t for n, t in x.items() if t is not None and t.is_floating_point()}
     dx = {n: torch.empty_like(t, memory_format=torch.contiguous_format) for n, t in given.items()}
-    with torch.cuda.device_of(x["q"]):
+    with _device(x["q"]):
         plan.backward(problem, _with_first_state(problem, x), out, dout, dx)
     return dx
 

@@ -15,7 +15,7 @@ import pytest
 import mixers
 from mixers import check
 from mixers.backend import Kernel, installed
-from mixers.cases import Setting
+from mixers.cases import Setting, settings
 from mixers.check import Case
 from mixers.spec import MixerSpec
 
@@ -30,6 +30,14 @@ class Subject:
     backend: str
     kernel: Kernel | None
     spec: MixerSpec
+
+    @property
+    def device(self) -> str:
+        """Where its kernel runs."""
+        if self.kernel is None:
+            return "cpu"
+        found = (self.case("truth", setting, "float32") for setting in settings(self.spec))
+        return next((case.device for case in found if case), "cpu")
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.kernel.name if self.kernel else 'loop'}-{self.spec.name}"
@@ -107,7 +115,10 @@ def _parametrize(metafunc: pytest.Metafunc, name: str, values: Sequence[Case | S
         spec = value.spec if isinstance(value, Subject) else value.setting.spec
         return value.kernel.name if value.kernel else spec.name
 
-    marked = [pytest.param(v, id=str(v), marks=pytest.mark.xdist_group(group(v))) for v in values]
+    def marks(value: Case | Subject) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.xdist_group(group(value)), *([pytest.mark.gpu] if value.device == "cuda" else [])]
+
+    marked = [pytest.param(v, id=str(v), marks=marks(v)) for v in values]
     metafunc.parametrize(name, marked)
 
 
