@@ -24,3 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1,
         help="take every n-th case of each law, mixer, kernel, dtype and library, each from another start",
     )
+    parser.addoption(
+        "--most",
+        type=int,
+        default=0,
+        help="leave out cases of laws with more tokens × heads × widths than this: a simulator is slow; 0 for no limit",
+    )

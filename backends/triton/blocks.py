@@ -110,10 +110,13 @@ def between_transposed(g, BT: tl.constexpr):
 
 
 @triton.jit
-def decay_gradient(up, down, total, AXIS: tl.constexpr):
+def decay_gradient(up, down, total, BT: tl.constexpr):
     """Gradient of every g_m from those of sums over it.
 
     ``up_i`` belongs to ``Σ_{m≤i} g_m``, ``down_i`` to ``Σ_{m>i} g_m``, ``total`` to the sum of all. A sum over
-    ``j < m ≤ i`` has its gradient in ``up_i``, and its negative in ``up_j``.
+    ``j < m ≤ i`` has its gradient in ``up_i``, and its negative in ``up_j``. What belongs to no decay, ``down`` of the
+    last token, may be e^{50} times what does: it is left out, not added and taken away again.
     """
-    return tl.cumsum(up, axis=AXIS, reverse=True) + tl.cumsum(down, axis=AXIS) - down + total
+    i, m = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    before = tl.sum(tl.where(i < m, down[:, None], 0.0), axis=0)
+    return tl.cumsum(up, axis=0, reverse=True) + before + total

@@ -169,8 +169,9 @@ def unfold(
         dkey += entering
     tl.store(dq + place, (dquery + reading).to(dq.dtype.element_ty), mask=inside)
     tl.store(dk + place, dkey.to(dk.dtype.element_ty), mask=inside)
-    # Sums up to i hold g_m for m ≤ i, those behind i for m > i: all of them but the ones for m ≤ i.
-    down = key * leaving
+    # Sums up to i hold g_m for m ≤ i, those behind i for m > i: all of them but the ones for m ≤ i. Behind the last
+    # token there is no decay, so what belongs to it is left out, large as it may be.
+    down = tl.where(i < count - 1, key * leaving, 0.0)
     total = tl.load(dfade + (row * heads + head) * K + c, mask=c < K, other=0.0) + tl.sum(down, axis=0)[None, :]
     found = tl.cumsum(up - down, axis=0, reverse=True) + total
     tl.store(dg + place, found.to(dg.dtype.element_ty), mask=inside)

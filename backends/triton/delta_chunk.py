@@ -80,15 +80,6 @@ class Cut:
         # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: on blocks of 16
         # channels Triton 3.6 reads beyond its shared memory.
         self.wide = (64, 64) if q.element_size() == 2 else (min(32, block(s.K)), min(32, block(s.V)))
-        self.inward: Any = None
-        self.outward: Any = None
-        self.fade: Any = None
-        self.pairs: Any = None
-        self.a: Any = None
-        self.w: Any = None
-        # Side by side there are programs enough: what counts is that accumulators fit into registers.
-        widest = 64 if q.element_size() == 2 else 32
-        self.wide = min(widest, block(s.K)), min(widest, block(s.V))
 
     @property
     def offsets(self) -> Array | None:

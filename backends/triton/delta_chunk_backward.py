@@ -203,7 +203,7 @@ def reads_back(
             tl.store(dw + at_keys, dcorrection.to(dw.dtype.element_ty), mask=keys)
     if DECAY == 1:
         last = (batch * tokens + start + count - 1) * heads + head
-        found = decay_gradient(up, down_sum, total * tl.load(inward + last), 0)
+        found = decay_gradient(up, down_sum, total * tl.load(inward + last), BT)
         tl.store(dg + place, found.to(dg.dtype.element_ty), mask=t < count)
 
 
@@ -289,6 +289,6 @@ def writes_back(
             entering += dot(scaled, key, PRECISION) + tl.trans(dot(tl.trans(key), scaled, PRECISION))
         tl.store(dk + place[:, None] * K + c, entering.to(dk.dtype.element_ty), mask=inside)
     if DECAY == 1:
-        found = decay_gradient(up, tl.zeros([BT], tl.float32), 0.0, 0)
+        found = decay_gradient(up, tl.zeros([BT], tl.float32), 0.0, BT)
         found += tl.load(dg_reads + place, mask=t < count, other=0.0)
         tl.store(dg + place, found.to(dg.dtype.element_ty), mask=t < count)

@@ -84,7 +84,14 @@ def cases(config: pytest.Config, laws: tuple[str, ...]) -> list[Case]:
             by_kernel = itertools.groupby(chosen, key=lambda case: (case.mixer, case.kernel, case.dtype))
             for _, group in by_kernel:
                 found += list(group)[::every]
-    return share(found, config.getoption("--share"))
+    most = config.getoption("--most")
+    return share([case for case in found if not most or size(case.setting) <= most], config.getoption("--share"))
+
+
+def size(setting: Setting) -> int:
+    """Tokens × heads × widths."""
+    s = setting.sizes()
+    return s.B * s.T * s.H * s.K * s.V
 
 
 def share(cases: list[Case], every: int) -> list[Case]:
