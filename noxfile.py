@@ -22,7 +22,7 @@ PINS = ("-c", "constraints.txt")
 # brings autodiff, so its session checks everything; JAX arrays run on the reference; Triton's kernels run in its
 # interpreter, where a case takes seconds. `--share n` takes every n-th case of the laws, another part for every kernel
 # and dtype: `pytest tests` without it takes them all, which lasts an hour.
-SIMULATED = ("tests/conformance/test_laws.py", "tests/test_triton.py", "--most", "100000")
+SIMULATED = ("tests/conformance/test_laws.py", "tests/test_triton.py", "tests/test_readme.py", "--most", "30000")
 TESTS = {
     "reference": ("", ("tests", "--backend", "reference", "--share", "24")),
     "numba": ("", ("tests", "--backend", "numba", "--share", "24")),
