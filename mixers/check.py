@@ -547,14 +547,19 @@ def supported(
     return kernel.supports(dataclasses.replace(call.problem(), dtype=dtype, library=library, device=device))
 
 
+def own_dtypes(kernel: Kernel | None) -> tuple[str, ...]:
+    """The dtypes in which a kernel computes: those of a GPU have no float64, and multiply halves as they are."""
+    return ("float32", "bfloat16") if kernel and kernel.arrays == "torch" else ("float64", "float32")
+
+
 def cases(
-    backend: str, *, dtypes: tuple[str, ...] = ("float64", "float32"), mixers: tuple[str, ...] = (), library: str = ""
+    backend: str, *, dtypes: tuple[str, ...] = (), mixers: tuple[str, ...] = (), library: str = ""
 ) -> Iterator[Case]:
     """Every law for every mixer and kernel of a backend.
 
     Args:
         backend: ``reference`` or the name of an installed one.
-        dtypes: of q, k and v.
+        dtypes: of q, k and v; by default those in which a kernel computes.
         mixers: their names; all by default.
         library: whose arrays are passed; by default those that a kernel takes.
     """
@@ -562,7 +567,7 @@ def cases(
         for kernel in kernels(backend, name):
             for law in LAWS:
                 for setting in _settings_of(law, get_spec(name)):
-                    for dtype in dtypes:
+                    for dtype in dtypes or own_dtypes(kernel):
                         arrays = library or (kernel.arrays if kernel else "numpy")
                         case = fitted(Case(law, setting, backend, kernel, dtype, arrays))
                         if case is not None:

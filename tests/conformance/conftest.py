@@ -89,8 +89,8 @@ def cases(config: pytest.Config, laws: tuple[str, ...]) -> list[Case]:
 
 
 def other(case: Case, library: str) -> bool:
-    """A case of the first law that is not among a kernel's own: those are in float64 and float32, of its own arrays."""
-    own = case.kernel is not None and case.kernel.arrays == library and case.dtype in ("float64", "float32")
+    """A case of the first law that is not among a kernel's own, on its own arrays."""
+    own = case.kernel is not None and case.kernel.arrays == library and case.dtype in check.own_dtypes(case.kernel)
     return case.law == "truth" and not own
 
 
