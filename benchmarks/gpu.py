@@ -8,6 +8,7 @@ Writes ``benchmarks/results/gpu.json``.
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import statistics
 import sys
@@ -258,7 +259,8 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_properties(0)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.gpu "
+        + " ".join(itertools.takewhile(lambda word: word != "--out", sys.argv[1:])),
         "gpu": device.name,
         "multiprocessors": device.multi_processor_count,
         "versions": versions,

@@ -52,7 +52,7 @@ from .lattice_slots import (
 )
 
 WIDEST = 256 * 128  # slots × values, in powers of two, whose products fit into shared memory
-WIDEST_FLOAT16_BACK = 128 * 128  # its backward multiplies float32
+WIDEST_FLOAT16_BACK = 128 * 64  # its backward multiplies float32, 64 tokens at a time
 
 
 @triton.jit

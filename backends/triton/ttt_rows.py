@@ -215,10 +215,13 @@ def pull_gradient(de, h, x, squared, beta, inverse, d, WIDTH: tl.constexpr, D: t
 def multiplied(problem: Problem, adjoint: bool) -> str:
     """How products of float32 operands are computed.
 
-    Half precision asks less of y than of gradients: the layer norm makes y nearly blind to the size of E, so that the
-    gradients of beta and of the rates are what is left of sums that cancel. Three tf32 products keep what is left.
+    bfloat16 asks less of y than of gradients: the layer norm makes y nearly blind to the size of E, so that the
+    gradients of beta and of the rates are what is left of sums that cancel. Three tf32 products keep what is left, and
+    the digits that float16 has and one tf32 product has not.
     """
-    return precision(problem) if problem.dtype == "float32" else "tf32x3" if adjoint else "tf32"
+    if problem.dtype == "float32":
+        return precision(problem)
+    return "tf32" if problem.dtype == "bfloat16" and not adjoint else "tf32x3"
 
 
 @dataclass(frozen=True)
