@@ -220,7 +220,7 @@ def _adopt(spec: MixerSpec, options: Options, library: Library, given: Any, size
     for f, array in zip(fields, state, strict=True):
         if "M" in f.axes.split():
             sizes = _with_cache(sizes, f, array)
-        x[f"initial.{f.name}"] = _check_state(spec, library, f.name, f.axes, f.counter, array, sizes, x["q"])
+        x[f"initial.{f.name}"] = _check_state(spec, library, f, array, sizes, x["q"])
     return sizes
 
 
@@ -230,21 +230,29 @@ def _with_cache(sizes: Sizes, field: Field, array: Array) -> Sizes:
     return dataclasses.replace(sizes, M=array.shape[at]) if len(array.shape) >= -at else sizes
 
 
-def _check_state(
-    spec: MixerSpec, library: Library, name: str, axes: str, counter: bool, array: Array, sizes: Sizes, q: Array
-) -> Array:
-    other = library_of(array, f"initial_state.{name}")
+def check_kept(spec: MixerSpec, library: Library, what: str, field: Field, array: Array, q: Array) -> None:
+    """Refuse an array of a state, or of a pool of them, that is of another library, kind or device than ``q``.
+
+    Raises:
+        TypeError: with ``what`` it is, what it was and what was expected.
+    """
+    name = f"the {what}'s {field.name}"
+    other = library_of(array, name)
     if other is not library:
         raise TypeError(
-            f"{spec.name}: the state's {name} is a {other.name} array and q a {library.name} array; "
-            "convert them to one library"
+            f"{spec.name}: {name} is a {other.name} array and q a {library.name} array; convert them to one library"
         )
     dtype = library.dtype(array)
-    if dtype not in (("int32",) if counter else FLOATING):
-        wanted = "int32" if counter else f"one of {', '.join(FLOATING)}"
-        raise TypeError(f"{spec.name}: the state's {name} has dtype {dtype}; expected {wanted}")
+    if dtype not in (("int32",) if field.counter else FLOATING):
+        wanted = "int32" if field.counter else f"one of {', '.join(FLOATING)}"
+        raise TypeError(f"{spec.name}: {name} has dtype {dtype}; expected {wanted}")
     if not library.same_device(array, q):
-        raise TypeError(f"{spec.name}: the state's {name} is on {array.device} and q on {q.device}; move them together")
+        raise TypeError(f"{spec.name}: {name} is on {array.device} and q on {q.device}; move them together")
+
+
+def _check_state(spec: MixerSpec, library: Library, field: Field, array: Array, sizes: Sizes, q: Array) -> Array:
+    check_kept(spec, library, "state", field, array, q)
+    name, axes = field.name, field.axes
     expected = sizes.shape(axes)
     shape = tuple(array.shape)
     if shape == expected:

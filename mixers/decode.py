@@ -7,11 +7,13 @@ in one launch where a kernel does so in place, in these three steps where none d
 Slot −1 is padding. Sequences that start afresh take the mixer's first state instead of their slot's.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from mixers.algebra import device_of
 from mixers.arrays import library_of
 from mixers.backend import Pool
+from mixers.call import Call, check_kept
 from mixers.spec import Array
 
 if TYPE_CHECKING:
@@ -49,8 +51,12 @@ def decode(
     target = slots if out_slots is None else out_slots
     for name, given in (("slots", slots), ("out_slots", target)):
         _check_slots(spec.name, library, name, given, batch, room)
+    call = mixer.validated(q, k, v, **gates)
+    _check_pool(call, pools)
+    if fresh is not None:
+        _check_fresh(spec.name, library, fresh, batch)
 
-    y = library.decode(mixer, {"q": q, "k": k, "v": v, **gates}, Pool(pools, slots, target, fresh))
+    y = library.decode(mixer, call, Pool(pools, slots, target, fresh))
     if y is not None:
         return y
 
@@ -71,6 +77,25 @@ def decode(
 
 def _column(xp: Any, flags: Array, like: Array) -> Array:
     return xp.reshape(flags, (-1, *(1,) * (like.ndim - 1)))
+
+
+def _check_pool(call: Call, pools: tuple[Array, ...]) -> None:
+    """Kernels that work in place address a pool by its strides alone: it must hold what they will find there."""
+    spec, room = call.spec, pools[0].shape[0]
+    sizes = dataclasses.replace(call.sizes, N=room)
+    for field, pool in zip(spec.state(call.options).fields, pools, strict=True):
+        check_kept(spec, call.library, "pool", field, pool, call.x["q"])
+        shape, expected = tuple(pool.shape), sizes.shape(field.axes)
+        if shape != expected:
+            axes = field.axes.replace("N", "slots").replace(" ", ",")
+            raise ValueError(f"{spec.name}: the pool's {field.name} has shape {shape}, expected [{axes}] = {expected}")
+
+
+def _check_fresh(mixer: str, library: Any, fresh: Array, batch: int) -> None:
+    if library_of(fresh, "fresh") is not library:
+        raise TypeError(f"{mixer}: fresh is no {library.name} array, but q is; convert it")
+    if tuple(fresh.shape) != (batch,):
+        raise ValueError(f"{mixer}: fresh has shape {tuple(fresh.shape)}, expected [B] = ({batch},) booleans")
 
 
 def _check_slots(mixer: str, library: Any, name: str, slots: Array, batch: int, room: int) -> None:

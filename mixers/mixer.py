@@ -343,7 +343,13 @@ class Mixer:
 
     def flags(self, grad: bool, state: bool, checkpoint_every: int) -> Flags:
         """What is asked for in a call, and by the mixer's own keywords."""
-        return Flags(grad, False, state, checkpoint_every, self.state_dtype, self.allow_tf32)
+        return Flags(
+            grad=grad,
+            state=state,
+            checkpoint_every=checkpoint_every,
+            state_dtype=self.state_dtype,
+            allow_tf32=self.allow_tf32,
+        )
 
     def validated(self, q: Array, k: Array, v: Array, **gates: Array | None) -> Call:
         """A plain call on whole sequences, checked."""

@@ -207,6 +207,9 @@ def test_refusals(library: str) -> None:
     refused(ValueError, "T ≤ 16, got", **served.tokens(2, 17, seed=1))
     refused(ValueError, "shape", pool=served.array(np.zeros((SLOTS, H, K, 4))))
     refused(TypeError, "is a builtins.list", slots=[0, 1])
+    refused(ValueError, r"expected \[slots,H,K,V\] = \(2, 2, 6, 5\)", pool=pool[0])
+    refused(TypeError, "the pool's state has dtype int64", pool=served.array(np.zeros((SLOTS, H, K, 5), np.int64)))
+    refused(ValueError, r"fresh has shape \(3,\), expected \[B\] = \(2,\)", fresh=number(True, False, True))
     attention = mixers.get("attention")
     with pytest.raises(ValueError, match="grows with every token"):
         attention.decode(x["q"], x["q"], x["q"], pool=pool, slots=number(0, 1))

@@ -33,6 +33,11 @@ IDS = ["-".join([name, *map(str, options.values())]) for name, options in FORMS]
 each_form = pytest.mark.parametrize(("name", "options"), FORMS, ids=IDS)
 
 
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that only a GPU can run."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")(test))
+
+
 def inputs(
     name: str, batch: int, tokens: int, *, width: int = 16, heads: int = 2, dtype: str = "float32"
 ) -> dict[str, Any]:
@@ -126,6 +131,16 @@ def test_decode_is_a_call_on_the_pool(name: str, options: dict[str, Any]) -> Non
         torch.testing.assert_close(part[2:], old[2:], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("name", "options"), FORMS[:1])
+def test_a_pool_of_other_widths_is_refused(name: str, options: dict[str, Any]) -> None:
+    """A kernel that works in place would read and write beyond it."""
+    mix = mixers.get(name, backend="triton", **options)
+    slots = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for shape in ((5, 2, 16, 8), (5, 1, 16, 16), (2, 16, 16)):
+        with pytest.raises(ValueError, match="the pool's state has shape"):
+            mix.decode(**inputs(name, 1, 2), pool=torch.zeros(shape, device=DEVICE), slots=slots)
+
+
 @each_form
 def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]) -> None:
     """What the library allocates is full of NaN first; none is left in outputs and gradients."""
@@ -180,8 +195,7 @@ def losses(mix: Any, x: dict[str, Any]) -> Any:
     return y, *torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@on_gpu
 @each_form
 def test_no_synchronisation_and_no_second_compilation(name: str, options: dict[str, Any]) -> None:
     mix = mixers.get(name, **options)
@@ -199,8 +213,7 @@ def test_no_synchronisation_and_no_second_compilation(name: str, options: dict[s
     assert variants() == compiled
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@on_gpu
 @each_form
 def test_packs_do_not_synchronise(name: str, options: dict[str, Any]) -> None:
     mix = mixers.get(name, **options)
@@ -214,8 +227,7 @@ def test_packs_do_not_synchronise(name: str, options: dict[str, Any]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@on_gpu
 @each_form
 def test_graphs_replay_forward_backward_and_step(name: str, options: dict[str, Any]) -> None:
     mix = mixers.get(name, **options)
@@ -242,8 +254,7 @@ def test_graphs_replay_forward_backward_and_step(name: str, options: dict[str, A
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("name", ["delta_rule", "gla", "lattice", "ttt_linear"])
 def test_offsets_beyond_32_bits(name: str) -> None:
     """The last rows of an array of more than 2³¹ elements are what they are alone."""
@@ -261,8 +272,7 @@ def test_offsets_beyond_32_bits(name: str) -> None:
     torch.testing.assert_close(y, alone, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@on_gpu
 @each_form
 def test_torch_compile_in_one_piece(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()

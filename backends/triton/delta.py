@@ -22,7 +22,7 @@ from mixers.spec import Array
 from .blocks import span
 from .delta_chunk import KERNELS as CHUNKED
 from .delta_chunk import MIXERS, backward, decay_axes
-from .kernel import TritonKernel, block, dense, first_marks, place
+from .kernel import PROCESSORS, TritonKernel, blank_unused, block, dense, first_marks, place
 
 
 @triton.jit(do_not_specialize=["tokens", "every"])
@@ -119,17 +119,15 @@ class DeltaRecurrent(TritonKernel):
         _, _, key_dim, value_dim = problem.widths
         widest = max(16, min(block(value_dim), 8192 // block(key_dim)))
         sizes = [b for b in (64, 32, 16, 128) if b <= widest] or [widest]
-        busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= 2 * 132]
+        busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= 2 * PROCESSORS]
         order = sorted(busy, reverse=True)[:1] + sizes[::-1]
         return tuple({"block_v": b, "num_warps": 4 if b * block(key_dim) >= 2048 else 2} for b in dict.fromkeys(order))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""
-        first = x["initial.state"]
-        checkpoints = out.get("checkpoint.state")
-        if checkpoints is not None and problem.packed:
-            checkpoints.zero_()
-        _launch(problem, config, x, first, out.get("final.state"), out["y"], checkpoints, None)
+        blank_unused(problem, out)
+        last, checkpoints = out.get("final.state"), out.get("checkpoint.state")
+        _launch(problem, config, x, x["initial.state"], last, out["y"], checkpoints, None)
 
     def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
         """Fill ``y``, and the pool in place."""

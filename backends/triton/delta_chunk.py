@@ -18,13 +18,21 @@ from mixers.spec import Array
 from . import decays
 from . import delta_chunk_backward as adjoint
 from . import delta_chunk_forward as forwards
-from .kernel import TritonKernel, block, dense, first_marks, gather, place, precision, spread
+from .kernel import (
+    PROCESSORS,
+    TritonKernel,
+    blank_unused,
+    block,
+    dense,
+    first_marks,
+    gather,
+    place,
+    precision,
+    spread,
+)
 from .l2norm import normalise, normalise_backward
 
 MIXERS = frozenset({"linear_attention", "ssd", "gla", "delta_rule", "gated_delta_rule", "kda"})
-
-# Multiprocessors that a heuristic reckons with: those of an H100 or H200.
-PROCESSORS = 132
 
 
 def widened(tensor: Array) -> Array:
@@ -177,8 +185,6 @@ class Cut:
         states = None if fused else self.states()
         written = self.scratch(s.V) if self.delta and not fused else None
         checkpoints, last = out.get("checkpoint.state"), out.get("final.state")
-        if checkpoints is not None and self.problem.packed:
-            checkpoints.zero_()
         _, _, per, every, heads, group = self._lengths_of(self.k)
         forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](
             *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(u, 0, 1, 2), *place(w, 0, 1, 2),
@@ -306,10 +312,9 @@ def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:
     if not cut.problem.option.get("qk_l2norm", False):
         gather(cut.problem, dx, name, d)
         return
-    normal = {name: torch.empty_like(dx[name])}
+    normal = {name: d.clone() if d is dx[name] else torch.empty_like(dx[name])}
     gather(cut.problem, normal, name, d)
-    given = d if cut.problem.sizes.G == cut.problem.sizes.H else normal[name]
-    normalise_backward(cut.x[name], given.clone(), dx[name])
+    normalise_backward(cut.x[name], normal[name], dx[name])
 
 
 class DeltaChunk(TritonKernel):
@@ -351,6 +356,7 @@ class DeltaChunk(TritonKernel):
         s = problem.sizes
         if not s.N * s.H:
             return
+        blank_unused(problem, out)
         cut = Cut(problem, x, config["block_t"])
         cut.prepare()
         if config["fused"]:

@@ -20,6 +20,9 @@ from . import backend
 WIDEST = 256
 OLDEST = (3, 2)
 
+# Multiprocessors that heuristics reckon with: those of an H100 or H200.
+PROCESSORS = 132
+
 
 @triton.jit
 def _probe() -> None:
@@ -42,7 +45,7 @@ class TritonKernel(Kernel):
         if problem.dtype == "float64":
             return Support.no("has no float64; takes float32, bfloat16 and float16")
         if INTERPRETED and problem.dtype == "bfloat16":
-            return Support.no("Triton's interpreter multiplies bfloat16 matrices wrongly")
+            return Support.no("Triton's interpreter multiplies bfloat16 matrices wrongly; take float32 or float16")
         _, _, key_dim, value_dim = problem.widths
         if not (1 <= key_dim <= WIDEST and 1 <= value_dim <= WIDEST):
             return Support.no(f"takes widths from 1 to {WIDEST}, and K = {key_dim}, V = {value_dim}")
@@ -78,9 +81,11 @@ def dense(tensor: Array) -> Array:
     return tensor if tensor is None or tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many of them the GPU has; a few for the interpreter."""
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+def blank_unused(problem: Problem, out: Arrays) -> None:
+    """Zeros for checkpoints of a pack, whose rows behind the last one nobody fills."""
+    for name, array in out.items():
+        if problem.packed and name.startswith("checkpoint."):
+            array.zero_()
 
 
 def first_marks(problem: Problem, offsets: Array) -> Array:

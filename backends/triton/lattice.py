@@ -20,7 +20,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from .blocks import span
-from .kernel import TritonKernel, block, dense, first_marks, place
+from .kernel import TritonKernel, blank_unused, block, dense, first_marks, place
 from .lattice_backward import backward
 from .lattice_slots import (
     DECODING,
@@ -170,8 +170,7 @@ class LatticeRecurrent(TritonKernel):
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """See ``Kernel``."""
         s = problem.sizes
-        if problem.packed and out.get("checkpoint.state") is not None:  # rows behind the last checkpoint
-            out["checkpoint.state"].zero_()
+        blank_unused(problem, out)
         if s.N * s.H:
             launch(problem, config, x, out, None)
 

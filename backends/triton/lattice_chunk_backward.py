@@ -41,7 +41,7 @@ from mixers.spec import Array
 
 from .blocks import dot, span
 from .kernel import dense, first_marks, gather, place, spread, wanted
-from .lattice_chunk import (
+from .lattice_chunk_forward import (
     Shape,
     Walk,
     decays,

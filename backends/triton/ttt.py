@@ -30,7 +30,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from .blocks import span
-from .kernel import TritonKernel, dense, first_marks, place
+from .kernel import TritonKernel, blank_unused, dense, first_marks, place
 from .ttt_backward import backward
 from .ttt_rows import (
     Layout,
@@ -400,10 +400,7 @@ class TTTChunk(TritonKernel):
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""
-        if problem.packed:
-            for name in out:
-                if name.startswith("checkpoint."):
-                    out[name].zero_()
+        blank_unused(problem, out)
         at = Layout.of(problem, config, x, adjoint=False)
         _run_read(problem, at, x, _run_learn(problem, at, x, out), out["y"])
 

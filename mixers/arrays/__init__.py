@@ -59,7 +59,7 @@ class Library(Protocol):
     def scatter(self, pools: tuple[Array, ...], state: tuple[Array, ...], where: Array, target: Array) -> None:
         """Write ``state[n]`` to ``pool[target[n]]`` wherever ``where[n]``, in place."""
 
-    def decode(self, mixer: "Mixer", inputs: Arrays, pool: "Pool") -> Array | None:
+    def decode(self, mixer: "Mixer", call: "Call", pool: "Pool") -> Array | None:
         """The outputs of a call whose states live in a pool; None where no kernel works on pools of this library."""
 
     def warmup(self, mixer: "Mixer", call: "Call", grad: bool) -> None:

@@ -76,7 +76,7 @@ class JAX:
     def scatter(self, pools: tuple[Array, ...], state: tuple[Array, ...], where: Array, target: Array) -> None:
         """JAX arrays are immutable; ``decode`` has refused them."""
 
-    def decode(self, mixer: Mixer, inputs: Arrays, pool: Pool) -> Array | None:
+    def decode(self, mixer: Mixer, call: Call, pool: Pool) -> Array | None:
         """No kernel of this library's arrays writes pools."""
         return None
 

@@ -90,7 +90,7 @@ class NumPy:
         for pool, values in zip(pools, state, strict=True):
             pool[target[where]] = values[where]
 
-    def decode(self, mixer: Mixer, inputs: Arrays, pool: Pool) -> Array | None:
+    def decode(self, mixer: Mixer, call: Call, pool: Pool) -> Array | None:
         """No kernel of this library's arrays writes pools."""
         return None
 

@@ -104,9 +104,8 @@ class Torch:
         for pool, values in zip(pools, state, strict=True):
             pool[target[where].long()] = values[where].to(pool.dtype)
 
-    def decode(self, mixer: Mixer, inputs: Arrays, pool: Pool) -> Array | None:
+    def decode(self, mixer: Mixer, call: Call, pool: Pool) -> Array | None:
         """One launch on the pool itself, where a kernel takes tensors so."""
-        call = mixer.validated(**inputs)
         problem = call.problem()
         plan = mixer.plan_in_place(problem)
         if plan is None:
