@@ -160,6 +160,12 @@ def measure(
             square += 2 * (b[:, None] * crossed - along * left)
             square = tl.maximum(square, least * least * inverse(unit))
             turned = 2 * (along * (unit - 2) - left)
+        elif GATED:  # Φ in few digits is not quite of norm 1, which counts where all else cancels
+            off = 1 - squares(phi.to(tl.float32))[None, :]
+            square += (b * b)[:, None] * (1 - off) + 2 * b[:, None] * along * off
+            square = tl.maximum(square - along * along * (1 + off), 0.0)
+            turned = 2 * (b[:, None] * off - along * (1 + off))
+            less = less * (1 - off) + b[:, None] * along * off
         else:
             square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
         over = inverse(tl.sqrt(square))
@@ -438,12 +444,14 @@ def collect(
     elif OBJECTIVE == ENCODING:
         z -= dot(value, tl.trans(phi), PRECISION)
     d = slab(dslots + (row * heads + h) * K * V, i, j, K, V)
-    du = (d - tl.sum(d * wide, 1)[:, None] * wide).to(OPERAND)
-    through = w[:, None] * dot(hm, tl.trans(du), PRECISION)
+    exact: tl.constexpr = tl.float32 if GATED else OPERAND  # as in ``measure``
+    du = d - tl.sum(d * wide, 1)[:, None] * wide
+    through = w[:, None] * dot(hm.to(exact), tl.trans(du.to(exact)), PRECISION)
     to = (batch * tokens + first) * heads + h
     de = through + tile(de_from + to * K, at, i, heads * K, size, K)
     e = strength * z
-    dh = dot((w[:, None] * e).to(OPERAND), du, PRECISION) + tile(dh_from + to * V, at, j, heads * V, size, V)
+    dh = dot((w[:, None] * e).to(OPERAND), du.to(OPERAND), PRECISION)
+    dh += tile(dh_from + to * V, at, j, heads * V, size, V)
     dkey = strength * de
     if OBJECTIVE == ENCODING:
         dh -= dot((strength * through).to(OPERAND), phi, PRECISION)
@@ -517,7 +525,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
         dx.get("log_decay"),
         *(*states, dslots, de, dh, dg),
         *(s.T, s.H, s.H // s.G),
-        **common,
+        **(common | digits),
         num_warps=config["piece_warps"],
         num_stages=1,
     )

@@ -365,6 +365,11 @@ def longest(problem: Problem, back: bool) -> int:
     return 64 if area(problem) <= 128 * 128 else 32
 
 
+def narrowest(problem: Problem) -> int:
+    """Rows that a piece is filled up to: wide slots times 16 rows read and write out of bounds under Triton 3.6."""
+    return 32 if problem.dtype != "float32" and area(problem) > 64 * 64 else 16
+
+
 @dataclass(frozen=True)
 class Shape:
     """How a problem is cut, and what kernels of both passes are told about it."""
@@ -389,7 +394,7 @@ class Shape:
             "V": s.V,
             "BK": block(s.K),
             "BV": block(s.V),
-            "BT": block(most),
+            "BT": max(block(most), narrowest(problem)),
             "OBJECTIVE": OBJECTIVES[option["objective"]],
             "PER_SLOT": problem.layout("beta") == "B T H K",
             "GATED": problem.layout("log_decay") is not None,
