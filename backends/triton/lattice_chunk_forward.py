@@ -365,9 +365,16 @@ def longest(problem: Problem, back: bool) -> int:
     return 64 if area(problem) <= 128 * 128 else 32
 
 
-def narrowest(problem: Problem) -> int:
-    """Rows that a piece is filled up to: wide slots times 16 rows read and write out of bounds under Triton 3.6."""
-    return 32 if problem.dtype != "float32" and area(problem) > 64 * 64 else 16
+def narrowest(problem: Problem, back: bool) -> int:
+    """Rows that a piece is filled up to.
+
+    Under Triton 3.6 products that are 16 columns wide on tensor cores are wrong, or out of bounds, where the next
+    product takes them: those of wide slots, and those from which the backward makes the gradient of ``log_decay``.
+    """
+    if problem.dtype == "float32":
+        return 16
+    faded = back and problem.layout("log_decay") is not None
+    return 32 if faded or area(problem) > 64 * 64 else 16
 
 
 @dataclass(frozen=True)
@@ -394,7 +401,7 @@ class Shape:
             "V": s.V,
             "BK": block(s.K),
             "BV": block(s.V),
-            "BT": max(block(most), narrowest(problem)),
+            "BT": max(block(most), narrowest(problem, back)),
             "OBJECTIVE": OBJECTIVES[option["objective"]],
             "PER_SLOT": problem.layout("beta") == "B T H K",
             "GATED": problem.layout("log_decay") is not None,
