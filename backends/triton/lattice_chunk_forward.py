@@ -373,8 +373,12 @@ def narrowest(problem: Problem, back: bool) -> int:
     """
     if problem.dtype == "float32":
         return 16
-    faded = back and problem.layout("log_decay") is not None
-    return 32 if faded or area(problem) > 64 * 64 else 16
+    return 32 if area(problem) > 64 * 64 or (back and gated(problem)) else 16
+
+
+def gated(problem: Problem) -> bool:
+    """Whether slots decay."""
+    return problem.layout("log_decay") is not None
 
 
 @dataclass(frozen=True)
@@ -404,7 +408,7 @@ class Shape:
             "BT": max(block(most), narrowest(problem, back)),
             "OBJECTIVE": OBJECTIVES[option["objective"]],
             "PER_SLOT": problem.layout("beta") == "B T H K",
-            "GATED": problem.layout("log_decay") is not None,
+            "GATED": gated(problem),
             "PACKED": problem.packed,
             "CUT": each > 1 or bool(every),
             "PRECISION": precision(problem) if problem.dtype == "float32" else "tf32",
