@@ -86,7 +86,7 @@ def draw(case: Case) -> dict[str, Tensor]:
 def ours(case: Case, x: dict[str, Tensor]) -> Run:
     """A pass of the kernel that a user gets."""
     mix = mixers.get(case.mixer, **dict(case.options))
-    return _pass(lambda **given: mix(**given, return_state=False).y, case.kind, x)
+    return _pass(lambda **given: mix(**given).y, case.kind, x)  # with the last state, as the peer
 
 
 def theirs(case: Case, x: dict[str, Tensor]) -> Run:
@@ -268,13 +268,13 @@ def served(batch: int, heads: int, width: int, form: str, rates: floor.Rates) ->
 PRODUCTS = ("gemm", "cutlass", "nvjet", "cublas", "splitK")  # in the names of matrix product kernels
 
 
-def layer_step(
-    batch: int = 64, d_model: int = 2048, key_heads: int = 16, heads: int = 32, width: int = 128
-) -> dict[str, Any]:
+LAYER = {"d_model": 2048, "heads": 32, "key_heads": 16, "key_dim": 128, "value_dim": 128}
+
+
+def layer_step(batch: int = 64) -> dict[str, Any]:
     """One token through a layer: projections, convolution, gates, norms, the recurrence, in a graph."""
-    sizes = {"d_model": d_model, "heads": heads, "key_heads": key_heads, "key_dim": width, "value_dim": width}
-    layer = MixerLayer("gated_delta_rule", **sizes).to("cuda", torch.bfloat16)
-    x = torch.randn(batch, d_model, device="cuda", dtype=torch.bfloat16)
+    layer = MixerLayer("gated_delta_rule", **LAYER).to("cuda", torch.bfloat16)
+    x = torch.randn(batch, LAYER["d_model"], device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         _, state = layer.step(x)
 
@@ -287,7 +287,7 @@ def layer_step(
     products = sum(us for name, us in each.items() if any(part in name for part in PRODUCTS))
     return {
         "batch": batch,
-        **sizes,
+        **LAYER,
         "microseconds": seconds * 1e6,
         "share_outside_products": 1 - products / sum(each.values()),
         "kernels_us": each,
