@@ -291,7 +291,7 @@ def _chosen(mixer: Mixer, flags: Flags, x: Arrays, sizes: Sizes) -> tuple[Proble
 
 
 def _takes_tensors(plan: Plan) -> bool:
-    return plan.kernel is not None and plan.kernel.arrays == library.name
+    return plan.kernel is not None and plan.kernel.arrays in (library.name, "any")
 
 
 def _device(tensor: Array) -> Any:

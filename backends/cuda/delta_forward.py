@@ -1,0 +1,315 @@
+"""The linear and delta families, token by token: the device code of the forward.
+
+    S' = decay ∘ S      e = v − S'ᵀ k      u = beta e or v      S = S' + k uᵀ      y = scale · Sᵀ q
+
+A block has some columns of one head's state. A warp is ``L`` lanes by ``G`` groups: a group has ``C`` columns, a lane
+``R`` rows of each, in registers from the first token to the last. What a token needs of the state, its read and the
+next token's prediction, is one pass over it and one sum over lanes; no warp waits for another.
+
+Tokens come through shared memory in tiles, as real numbers: while tile j − 1 is worked on, tile j lies ready and tile
+j + 1 is on its way in registers; so there is one barrier a tile, and three buffers.
+
+    row of r      4 L (r // 4) + 4 l + r % 4        four neighbours a read, no two lanes on one bank
+    column of c   C G w + G c + g                   neighbouring lanes have neighbouring columns
+"""
+
+import math
+
+import numpy as np
+
+from .device import WARP, load, quad, store, sum_lanes
+from .source import cuda
+
+BUFFERS = 3
+
+
+def build(
+    *, K, V, lanes, rows, columns, warps, tile, real, kind, beta, decay, decay_kind, first, source, target, marks,
+    norm, packed, slots, out_slots, fresh, reads, keeps,
+):  # fmt: skip
+    """The kernel.
+
+    ``beta``, ``decay_kind``, ``first``, ``source``, ``target``, ``marks``, ``slots``, ``out_slots`` and ``fresh`` are
+    the dtypes of those arrays, empty where there is none; ``decay`` is 0, 1 for one a head, 2 for one a row. ``reads``:
+    fill ``y``. ``keeps``: leave states before every ``spacing``-th token, and ``e``, for a backward.
+    """
+    L, R, C, W, G = lanes, rows, columns, warps, WARP // lanes
+    KP, BLOCK, THREADS = L * R, warps * G * columns, warps * WARP
+    QUADS, CELLS = R // 4, R * C
+    ROUNDS, WIDE, DEEP = -(-tile // W), -(-K // WARP), -(-tile * BLOCK // THREADS)
+    DELTA, DECAY, NORM, PACKED, READS, KEEPS = beta != "", decay, norm, packed, reads, keeps
+    POOL, FRESH, STORES, MARKS = slots != "", fresh != "", target != "", marks != ""
+    ROWS, PIECES = tile * KP, ROUNDS * WIDE
+    ALL_ROWS, ALL_VALUES, ALL_TOKENS = BUFFERS * ROWS, BUFFERS * tile * BLOCK, BUFFERS * tile
+    ALL_FADES = ALL_ROWS if decay == 2 else 4
+    number = np.dtype(real).type
+    zero, one, eps = number(0), number(1), number(1e-6)
+    along = sum_lanes(G.bit_length() - 1, WARP.bit_length() - 1)
+    across = sum_lanes(0, WARP.bit_length() - 1)
+    read, write, write_real = load(kind), store(kind), store(real)
+    read_beta, read_decay = load(beta or real), load(decay_kind or real)
+    read_first, read_source = load(first or real), load(source or real)
+    write_target, write_mark = store(target or real), store(marks or real)
+    read_slot, read_out_slot, read_fresh = load(slots or "int32"), load(out_slots or "int32"), load(fresh or "bool")
+    read_offset = load("int64")
+
+    def kernel(
+        q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h,
+        g, g_b, g_t, g_h, g_d, initial, initial_n, initial_h, initial_k, initial_v,
+        origin, origin_n, origin_h, origin_k, origin_v, final, final_n, final_h, final_k, final_v,
+        y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, errors,
+        tokens, every, spacing, heads, group, scale: float,
+    ):  # fmt: skip
+        queries = cuda.shared.array(ALL_ROWS, number)
+        keys = cuda.shared.array(ALL_ROWS, number)
+        fades = cuda.shared.array(ALL_FADES, number)
+        values = cuda.shared.array(ALL_VALUES, number)
+        betas = cuda.shared.array(ALL_TOKENS, number)
+        decays = cuda.shared.array(ALL_TOKENS, number)
+        thread = cuda.threadIdx.x
+        warp, lane = thread // WARP, thread % WARP
+        l, c0 = lane // G, warp * G * C + lane % G
+        blocks = (V + BLOCK - 1) // BLOCK
+        item = np.int64(cuda.blockIdx.x)
+        part = item % blocks
+        head = (item // blocks) % heads
+        n = item // (blocks * heads)
+        begin = part * BLOCK
+
+        batch, start, length = n, np.int64(0), tokens
+        if PACKED:
+            batch, start = np.int64(0), read_offset(offsets, n)
+            length = read_offset(offsets, n + 1) - start
+
+        # The state.
+        source, target = n, n
+        if POOL:
+            source, target = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
+        real_slot = source >= 0
+        begins = False
+        if FRESH:
+            begins = read_fresh(fresh, n * fresh_n) != 0
+        s = cuda.local.array(CELLS, number)
+        for r in range(R):
+            row = r // 4 * 4 * L + 4 * l + r % 4
+            for c in range(C):
+                column = begin + c0 + c * G
+                found = zero
+                if row < K and column < V:
+                    if begins:
+                        at = n * initial_n + head * initial_h + row * initial_k + column * initial_v
+                        found = number(read_first(initial, at))
+                    elif real_slot:
+                        at = source * origin_n + head * origin_h + row * origin_k + column * origin_v
+                        found = number(read_source(origin, at))
+                s[r * C + c] = found
+
+        q_at = batch * q_b + start * q_t + head // group * q_h
+        k_at = batch * k_b + start * k_t + head // group * k_h
+        v_at = batch * v_b + start * v_t + head * v_h + begin * v_d
+        beta_at = batch * beta_b + start * beta_t + head * beta_h
+        g_at = batch * g_b + start * g_t + head * g_h
+        row_at = batch * tokens + start
+        y_at = (row_at * heads + head) * V + begin
+        mark = np.int64(0)
+        if MARKS:
+            mark = n * (tokens // every)
+            if PACKED:
+                mark = np.int64(0)
+                for before in range(n):
+                    mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+        until_mark, until_keep = every, np.int64(0)
+        keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
+        gain = number(scale)
+
+        some_q = cuda.local.array(PIECES, number)
+        some_k = cuda.local.array(PIECES, number)
+        some_d = cuda.local.array(PIECES, number)
+        some_v = cuda.local.array(DEEP, number)
+        some_beta, some_decay = zero, one
+        kk = cuda.local.array(R, number)
+        dd = cuda.local.array(R, number)
+        guess = cuda.local.array(C, number)
+        out = cuda.local.array(C, number)
+        us = cuda.local.array(C, number)
+        for c in range(C):
+            guess[c] = zero
+        for r in range(R):
+            kk[r] = zero
+            dd[r] = one
+
+        tiles = (length + tile - 1) // tile
+        for j in range(-1, tiles + 1):
+            if j >= 0:
+                # Tile j: from registers to shared memory.
+                buffer = j % BUFFERS
+                for m in range(ROUNDS):
+                    t = m * W + warp
+                    if NORM:
+                        norm_q, norm_k = zero, zero
+                        for i in range(WIDE):
+                            norm_q += some_q[m * WIDE + i] * some_q[m * WIDE + i]
+                            norm_k += some_k[m * WIDE + i] * some_k[m * WIDE + i]
+                        norm_q = one / number(math.sqrt(across(norm_q) + eps))
+                        norm_k = one / number(math.sqrt(across(norm_k) + eps))
+                        for i in range(WIDE):
+                            some_q[m * WIDE + i] *= norm_q
+                            some_k[m * WIDE + i] *= norm_k
+                    if t < tile:
+                        to = buffer * ROWS + t * KP
+                        for i in range(-(-KP // WARP)):
+                            row = i * WARP + lane
+                            if row < KP:
+                                queries[to + row] = some_q[m * WIDE + i] if i < WIDE else zero
+                                keys[to + row] = some_k[m * WIDE + i] if i < WIDE else zero
+                                if DECAY == 2:
+                                    fades[to + row] = some_d[m * WIDE + i] if i < WIDE else zero
+                for i in range(DEEP):
+                    at = i * THREADS + thread
+                    if at < tile * BLOCK:
+                        values[buffer * tile * BLOCK + at] = some_v[i]
+                if thread < tile:
+                    betas[buffer * tile + thread] = some_beta
+                    decays[buffer * tile + thread] = some_decay
+                cuda.syncthreads()
+
+            # Tile j + 1: from memory to registers.
+            first_token = (j + 1) * tile
+            for m in range(ROUNDS):
+                t = first_token + m * W + warp
+                for i in range(WIDE):
+                    row = i * WARP + lane
+                    inside = t < length and row < K and m * W + warp < tile
+                    some_q[m * WIDE + i] = number(read(q, q_at + t * q_t + row * q_d)) if READS and inside else zero
+                    some_k[m * WIDE + i] = number(read(k, k_at + t * k_t + row * k_d)) if inside else zero
+                    if DECAY == 2:
+                        fade = zero
+                        if inside:
+                            fade = number(math.exp(number(read_decay(g, g_at + t * g_t + row * g_d))))
+                        some_d[m * WIDE + i] = fade
+            for i in range(DEEP):
+                at = i * THREADS + thread
+                t, column = first_token + at // BLOCK, at % BLOCK
+                inside = t < length and begin + column < V and at < tile * BLOCK
+                some_v[i] = number(read(v, v_at + t * v_t + column * v_d)) if inside else zero
+            if thread < tile and first_token + thread < length:
+                if DELTA:
+                    some_beta = number(read_beta(beta, beta_at + (first_token + thread) * beta_t))
+                if DECAY == 1:
+                    some_decay = number(math.exp(number(read_decay(g, g_at + (first_token + thread) * g_t))))
+
+            # Tile j − 1: what its tokens do to the state.
+            if j == 1 and DELTA:
+                for x in range(QUADS):
+                    four = quad(keys, 4 * (x * L + l))
+                    for i in range(4):
+                        kk[4 * x + i] = four[i]
+                if DECAY == 2:
+                    for x in range(QUADS):
+                        four = quad(fades, 4 * (x * L + l))
+                        for i in range(4):
+                            dd[4 * x + i] = four[i]
+                for r in range(R):
+                    for c in range(C):
+                        guess[c] += s[r * C + c] * (kk[r] * dd[r] if DECAY == 2 else kk[r])
+                for c in range(C):
+                    guess[c] = along(guess[c])
+            if j >= 1:
+                here = (j - 1) % BUFFERS
+                tokens_here = min(np.int64(tile), length - (j - 1) * tile)
+                for t in range(tokens_here):
+                    token = (j - 1) * tile + t
+                    if KEEPS:
+                        if until_keep == 0:
+                            for e in range(CELLS):
+                                at = ((keep * blocks + part) * CELLS + e) * THREADS + thread
+                                write_real(kept, at, s[e])
+                            keep += heads
+                            until_keep = spacing
+                        until_keep -= 1
+                    at = (here * tile + t) * KP
+                    if not DELTA:
+                        for x in range(QUADS):
+                            four = quad(keys, at + 4 * (x * L + l))
+                            for i in range(4):
+                                kk[4 * x + i] = four[i]
+                        if DECAY == 2:
+                            for x in range(QUADS):
+                                four = quad(fades, at + 4 * (x * L + l))
+                                for i in range(4):
+                                    dd[4 * x + i] = four[i]
+                    strength, fade = betas[here * tile + t], decays[here * tile + t]
+                    for c in range(C):
+                        value = values[(here * tile + t) * BLOCK + c0 + c * G]
+                        if DELTA:
+                            value = value - (fade * guess[c] if DECAY == 1 else guess[c])
+                            if KEEPS and l == c % L and begin + c0 + c * G < V:
+                                write_real(errors, y_at + token * heads * V + c0 + c * G, value)
+                            value = strength * value
+                        us[c] = value
+                        out[c] = zero
+                        guess[c] = zero
+                    for r in range(R):
+                        for c in range(C):
+                            old = s[r * C + c]
+                            if DECAY == 1:
+                                old = fade * old
+                            if DECAY == 2:
+                                old = dd[r] * old
+                            s[r * C + c] = old + kk[r] * us[c]
+
+                    # One pass: the read of this token, and what the next one's key predicts.
+                    ahead = at + KP
+                    if t + 1 == tile:
+                        ahead = j % BUFFERS * ROWS
+                    for x in range(QUADS):
+                        if READS:
+                            four = quad(queries, at + 4 * (x * L + l))
+                            for i in range(4):
+                                for c in range(C):
+                                    out[c] += s[(4 * x + i) * C + c] * four[i]
+                        if DELTA:
+                            four = quad(keys, ahead + 4 * (x * L + l))
+                            for i in range(4):
+                                kk[4 * x + i] = four[i]
+                            if DECAY == 2:
+                                four = quad(fades, ahead + 4 * (x * L + l))
+                                for i in range(4):
+                                    dd[4 * x + i] = four[i]
+                            for i in range(4):
+                                r = 4 * x + i
+                                for c in range(C):
+                                    guess[c] += s[r * C + c] * (kk[r] * dd[r] if DECAY == 2 else kk[r])
+                    for c in range(C):
+                        if READS:
+                            out[c] = along(out[c])
+                        if DELTA:
+                            guess[c] = along(guess[c])
+                    if READS:
+                        for c in range(C):
+                            if l == c % L and begin + c0 + c * G < V:
+                                answer = gain * out[c] if real_slot else zero
+                                write(y, y_at + token * heads * V + c0 + c * G, answer)
+                    if MARKS:
+                        until_mark -= 1
+                        if until_mark == 0:
+                            until_mark = every
+                            for r in range(R):
+                                row = r // 4 * 4 * L + 4 * l + r % 4
+                                for c in range(C):
+                                    column = begin + c0 + c * G
+                                    if row < K and column < V:
+                                        at = ((mark * heads + head) * K + row) * V + column
+                                        write_mark(checkpoints, at, s[r * C + c])
+                            mark += 1
+
+        if STORES and real_slot and target >= 0:
+            for r in range(R):
+                row = r // 4 * 4 * L + 4 * l + r % 4
+                for c in range(C):
+                    column = begin + c0 + c * G
+                    if row < K and column < V:
+                        at = target * final_n + head * final_h + row * final_k + column * final_v
+                        write_target(final, at, s[r * C + c])
+
+    return kernel

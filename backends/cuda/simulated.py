@@ -1,0 +1,85 @@
+"""The device functions of ``device`` in Numba's simulator, where a thread of a GPU is one of Python.
+
+A sum over lanes goes through memory that the block shares, with a barrier on either side: every thread of the block
+must take part, as all of one warp must on a GPU.
+"""
+
+import ctypes
+import functools
+import threading
+
+import numpy as np
+
+WARP = 4
+
+_CELLS = {
+    "float64": ctypes.c_double, "float32": ctypes.c_float, "bfloat16": ctypes.c_uint16, "float16": ctypes.c_uint16,
+    "int64": ctypes.c_int64, "int32": ctypes.c_int32, "int16": ctypes.c_int16, "int8": ctypes.c_int8,
+    "bool": ctypes.c_uint8, "uint8": ctypes.c_uint8,
+}  # fmt: skip
+
+
+def _cell(kind, address, index):
+    cell = _CELLS[kind]
+    return cell.from_address(int(address) + int(index) * ctypes.sizeof(cell))
+
+
+@functools.cache
+def load(kind):
+    """See ``native.load``."""
+
+    def read(address, index):
+        found = _cell(kind, address, index).value
+        if kind == "bfloat16":
+            return np.uint32(found << 16).view(np.float32)
+        if kind == "float16":
+            return np.float32(np.uint16(found).view(np.float16))
+        return np.dtype(kind).type(found) if kind.startswith("float") else int(found)
+
+    return read
+
+
+@functools.cache
+def store(kind):
+    """See ``native.store``."""
+
+    def write(address, index, value):
+        if kind == "bfloat16":
+            bits = int(np.float32(value).view(np.uint32))
+            value = 0x7FFF if np.isnan(value) else bits + 0x7FFF + (bits >> 16 & 1) >> 16
+        elif kind == "float16":
+            value = int(np.float16(value).view(np.uint16))
+        _cell(kind, address, index).value = value
+
+    return write
+
+
+_lanes = {}
+
+
+@functools.cache
+def sum_lanes(first, last):
+    """See ``native.sum_lanes``: every lane leaves its number for the others, and adds in the same order as they."""
+
+    def total(value):
+        thread = threading.current_thread()
+        lane = thread.threadIdx.x
+        for bit in range(first, last):
+            _lanes[lane] = value
+            thread.syncthreads()
+            other = _lanes[lane ^ 1 << bit]
+            thread.syncthreads()
+            value = value + other
+        return value
+
+    return total
+
+
+def quad(array, index):
+    """See ``native.quad``."""
+    return array[index], array[index + 1], array[index + 2], array[index + 3]
+
+
+def warp_barrier():
+    """A block's barrier."""
+    threading.current_thread().syncthreads()
