@@ -9,7 +9,7 @@ next token's prediction, is one pass over it and one sum over lanes; no warp wai
 Tokens come through shared memory in tiles, as real numbers: while tile j − 1 is worked on, tile j lies ready and tile
 j + 1 is on its way in registers; so there is one barrier a tile, and three buffers.
 
-    row of r      4 L (r // 4) + 4 l + r % 4        four neighbours a read, no two lanes on one bank
+    row of r      4 L (r // 4) + 4 share + r % 4       four neighbours a read, no two lanes on one bank
     column of c   C G w + G c + g                   neighbouring lanes have neighbouring columns
 """
 
@@ -68,7 +68,7 @@ def build(
         decays = cuda.shared.array(ALL_TOKENS, number)
         thread = cuda.threadIdx.x
         warp, lane = thread // WARP, thread % WARP
-        l, c0 = lane // G, warp * G * C + lane % G
+        share, c0 = lane // G, warp * G * C + lane % G
         blocks = (V + BLOCK - 1) // BLOCK
         item = np.int64(cuda.blockIdx.x)
         part = item % blocks
@@ -91,7 +91,7 @@ def build(
             begins = read_fresh(fresh, n * fresh_n) != 0
         s = cuda.local.array(CELLS, number)
         for r in range(R):
-            row = r // 4 * 4 * L + 4 * l + r % 4
+            row = r // 4 * 4 * L + 4 * share + r % 4
             for c in range(C):
                 column = begin + c0 + c * G
                 found = zero
@@ -201,12 +201,12 @@ def build(
             # Tile j − 1: what its tokens do to the state.
             if j == 1 and DELTA:
                 for x in range(QUADS):
-                    four = quad(keys, 4 * (x * L + l))
+                    four = quad(keys, 4 * (x * L + share))
                     for i in range(4):
                         kk[4 * x + i] = four[i]
                 if DECAY == 2:
                     for x in range(QUADS):
-                        four = quad(fades, 4 * (x * L + l))
+                        four = quad(fades, 4 * (x * L + share))
                         for i in range(4):
                             dd[4 * x + i] = four[i]
                 for r in range(R):
@@ -230,12 +230,12 @@ def build(
                     at = (here * tile + t) * KP
                     if not DELTA:
                         for x in range(QUADS):
-                            four = quad(keys, at + 4 * (x * L + l))
+                            four = quad(keys, at + 4 * (x * L + share))
                             for i in range(4):
                                 kk[4 * x + i] = four[i]
                         if DECAY == 2:
                             for x in range(QUADS):
-                                four = quad(fades, at + 4 * (x * L + l))
+                                four = quad(fades, at + 4 * (x * L + share))
                                 for i in range(4):
                                     dd[4 * x + i] = four[i]
                     strength, fade = betas[here * tile + t], decays[here * tile + t]
@@ -243,7 +243,7 @@ def build(
                         value = values[(here * tile + t) * BLOCK + c0 + c * G]
                         if DELTA:
                             value = value - (fade * guess[c] if DECAY == 1 else guess[c])
-                            if KEEPS and l == c % L and begin + c0 + c * G < V:
+                            if KEEPS and share == c % L and begin + c0 + c * G < V:
                                 write_real(errors, y_at + token * heads * V + c0 + c * G, value)
                             value = strength * value
                         us[c] = value
@@ -264,16 +264,16 @@ def build(
                         ahead = j % BUFFERS * ROWS
                     for x in range(QUADS):
                         if READS:
-                            four = quad(queries, at + 4 * (x * L + l))
+                            four = quad(queries, at + 4 * (x * L + share))
                             for i in range(4):
                                 for c in range(C):
                                     out[c] += s[(4 * x + i) * C + c] * four[i]
                         if DELTA:
-                            four = quad(keys, ahead + 4 * (x * L + l))
+                            four = quad(keys, ahead + 4 * (x * L + share))
                             for i in range(4):
                                 kk[4 * x + i] = four[i]
                             if DECAY == 2:
-                                four = quad(fades, ahead + 4 * (x * L + l))
+                                four = quad(fades, ahead + 4 * (x * L + share))
                                 for i in range(4):
                                     dd[4 * x + i] = four[i]
                             for i in range(4):
@@ -287,7 +287,7 @@ def build(
                             guess[c] = along(guess[c])
                     if READS:
                         for c in range(C):
-                            if l == c % L and begin + c0 + c * G < V:
+                            if share == c % L and begin + c0 + c * G < V:
                                 answer = gain * out[c] if real_slot else zero
                                 write(y, y_at + token * heads * V + c0 + c * G, answer)
                     if MARKS:
@@ -295,7 +295,7 @@ def build(
                         if until_mark == 0:
                             until_mark = every
                             for r in range(R):
-                                row = r // 4 * 4 * L + 4 * l + r % 4
+                                row = r // 4 * 4 * L + 4 * share + r % 4
                                 for c in range(C):
                                     column = begin + c0 + c * G
                                     if row < K and column < V:
@@ -305,7 +305,7 @@ def build(
 
         if STORES and real_slot and target >= 0:
             for r in range(R):
-                row = r // 4 * 4 * L + 4 * l + r % 4
+                row = r // 4 * 4 * L + 4 * share + r % 4
                 for c in range(C):
                     column = begin + c0 + c * G
                     if row < K and column < V:
