@@ -26,6 +26,9 @@ MIXERS = frozenset({"linear_attention", "ssd", "gla", "delta_rule", "gated_delta
 # Rows of a column, and the largest tile of state that a thread holds in registers.
 WIDEST, MOST_CELLS = 256, 64
 
+# Widths are rounded up to so many channels, so that few kernels serve all of them.
+GRANULE = WARP
+
 # Registers of states between two that are kept, and tokens and bytes of shared memory of a segment of the backward.
 MOST_HELD, SEGMENTS, MOST_SHARED = 64, (32, 16, 8, 4), 200 * 1024
 
@@ -41,13 +44,19 @@ def decay_axes(problem: Problem) -> int:
     return 0 if layout is None else 2 if layout.endswith("K") else 1
 
 
+def norm(problem: Problem) -> int:
+    """1 where q and k are divided by their length first."""
+    return int(problem.option.get("qk_l2norm", False))
+
+
 def layout(problem: Problem, lanes: int, columns: int, warps: int) -> dict[str, int] | None:
     """A configuration with these lanes, None where a thread would hold more than it can, or nothing."""
     _, _, key_dim, value_dim = problem.widths
-    rows = 4 * -(-key_dim // (4 * lanes))
-    if rows * columns > most_cells(problem) or (lanes > 1 and rows * (lanes // 2) >= key_dim):
+    granule = max(GRANULE, 4 * lanes)
+    rows = -(-key_dim // granule) * granule // lanes
+    if rows * columns > most_cells(problem) or (lanes > 1 and rows == 4 and 2 * lanes >= key_dim):
         return None
-    warps = min(warps, -(-value_dim // (WARP // lanes * columns)))
+    warps = min(warps, 1 << (-(-value_dim // (WARP // lanes * columns)) - 1).bit_length())
     shape = {"lanes": lanes, "rows": rows, "columns": columns, "warps": warps}
     return shape | {"tile": 1 if problem.single else tile(problem, shape)}
 
@@ -121,18 +130,13 @@ def cost(problem: Problem, config: Config) -> float:
 
 def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
     """The constants that a forward and a backward share."""
-    s = problem.sizes
     return {
-        "K": s.K,
-        "V": s.V,
         **config,
         "real": problem.compute_dtype,
         "kind": problem.dtype,
         "beta": kind(x.get("beta")),
         "decay": decay_axes(problem),
-        "decay_kind": kind(x.get("log_decay")),
-        "norm": problem.option.get("qk_l2norm", False),
-        "packed": problem.packed,
+        "decay_kind": kind(x.get("log_decay")) or problem.compute_dtype,
     }
 
 
@@ -151,18 +155,18 @@ def run_forward(
     spacing: int = 0,
 ) -> None:
     """Queue the forward: from the states ``origin`` to ``final``, filling what else is given."""
-    s = problem.sizes
+    s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
     chosen: Constants = constants(
         shape_of(problem, config, x)
         | {
             "first": kind(x["initial.state"]),
             "source": kind(origin),
-            "target": kind(final),
-            "marks": kind(checkpoints),
-            "slots": kind(slots),
-            "out_slots": kind(out_slots),
-            "fresh": kind(fresh),
+            "target": kind(final) or real,
+            "marks": kind(checkpoints) or real,
+            "slots": kind(slots) or "int32",
+            "out_slots": kind(out_slots) or "int32",
+            "fresh": kind(fresh) or "bool",
             "reads": y is not None,
             "keeps": kept is not None,
         }
@@ -172,7 +176,7 @@ def run_forward(
         *place(x.get("log_decay"), 4),
         *place(x["initial.state"], 4), *place(origin, 4), *place(final, 4), *place(y, 0), *place(checkpoints, 0),
         *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
-        *place(errors, 0), s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
+        *place(errors, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G, norm(problem),
     )  # fmt: skip
     blocks = s.N * s.H * parts(problem, config)
     reals = (read_scale(problem.option, s.K),)
@@ -183,14 +187,14 @@ def backward_layout(problem: Problem) -> dict[str, int]:
     """How the backward lays out a head: few numbers a thread, for it holds several states; few blocks a head."""
     _, _, key_dim, value_dim = problem.widths
     widest = 8 if WARP == 32 else 4
-    padded = max(widest, 1 << (key_dim - 1).bit_length())
+    padded = max(GRANULE, 1 << (key_dim - 1).bit_length())
     lanes = min(WARP, max(WARP // 8, padded // widest))
     rows = max(4, padded // lanes)
     bytes_each = 8 if problem.compute_dtype == "float64" else 4
     columns = 2 if WARP == 32 and rows * 2 <= 16 * 4 // bytes_each and value_dim > 1 else 1
     hold = max(1, min(4, MOST_HELD * 4 // bytes_each // (rows * columns)))
     wide = WARP // lanes * columns
-    most = min(8 if WARP == 32 else 1, -(-value_dim // wide))
+    most = min(8 if WARP == 32 else 1, 1 << (-(-value_dim // wide) - 1).bit_length())
     decay = decay_axes(problem)
     for spacing in SEGMENTS:
         for warps in (most, min(most, 4)):
@@ -211,7 +215,7 @@ def shared_numbers(*, lanes: int, rows: int, columns: int, warps: int, spacing: 
 def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Arrays, dx: Arrays) -> None:
     """Queue the backward."""
     s, real, q = problem.sizes, problem.compute_dtype, x["q"]
-    delta, decay, norm = x.get("beta") is not None, decay_axes(problem), problem.option.get("qk_l2norm", False)
+    delta, decay = x.get("beta") is not None, decay_axes(problem)
     hold, spacing = shape["hold"], shape["spacing"]
     shape = {n: shape[n] for n in ("lanes", "rows", "columns", "warps")}
     blocks, threads = parts(problem, shape), shape["warps"] * WARP
@@ -232,7 +236,7 @@ def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Array
     )
 
     # A gradient that no other block has a part of is written where it goes; others are added up.
-    alone = blocks == 1 and s.G == s.H and not norm
+    alone = blocks == 1 and s.G == s.H and not norm(problem)
     rows = {name: dx[name] if alone else empty((blocks, all_tokens, s.H, s.K), real, q) for name in ("q", "k")}
     gates = {"beta": "B T H", "log_decay": problem.layout("log_decay") or ""}
     for name in gates:
@@ -245,9 +249,10 @@ def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Array
     chosen = constants(
         shape_of(problem, shape, x)
         | {
-            "hold": hold, "spacing": spacing, "dy": kind(dy), "dfinal": kind(final), "dmarks": kind(marks),
-            "dinitial": kind(first), "dq_kind": kind(rows["q"]), "dk_kind": kind(rows["k"]),
-            "dg_kind": kind(rows.get("log_decay")), "dbeta_kind": kind(rows.get("beta")),
+            "hold": hold, "spacing": spacing, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real,
+            "dmarks": kind(marks) or real, "dinitial": kind(first) or real, "dq_kind": kind(rows["q"]),
+            "dk_kind": kind(rows["k"]), "dg_kind": kind(rows.get("log_decay")) or real,
+            "dbeta_kind": kind(rows.get("beta")) or real,
         }
     )  # fmt: skip
     numbers = (
@@ -255,31 +260,31 @@ def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Array
         *place(dy, 4), *place(final, 4), *place(marks, 5), *place(rows["q"], 0), *place(rows["k"], 0),
         *place(dx["v"], 0), *place(rows.get("beta"), 0), *place(rows.get("log_decay"), 0), *place(first, 0),
         *place(x["offsets"], 0), *place(kept, 0), *place(errors, 0), *place(scratch, 0),
-        s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, all_tokens,
+        s.K, s.V, s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, all_tokens, norm(problem),
     )  # fmt: skip
     shared = shared_numbers(**shape, spacing=spacing, hold=hold, decay=decay) * SIZES[real]
     BACKWARD(q, chosen, s.N * s.H * blocks, threads, numbers, (read_scale(problem.option, s.K),), shared)
 
     for name in ("q", "k") if not alone else ():
-        gather(problem, rows[name], dx[name], blocks, x[name], (s.G, s.H // s.G, s.K), norm)
+        gather(problem, rows[name], dx[name], blocks, x[name], (s.G, s.H // s.G, s.K), norm(problem))
     for name in gates if blocks > 1 else ():
         if name in rows:
             axes = (s.H, 1, s.K) if gates[name].endswith("K") else (1, 1, s.H)
-            gather(problem, rows[name], dx[name], blocks, x[name], axes, False)
+            gather(problem, rows[name], dx[name], blocks, x[name], axes, 0)
 
 
 def gather(
-    problem: Problem, found: Array, dx: Array, count: int, x: Array, axes: tuple[int, int, int], norm: bool
+    problem: Problem, found: Array, dx: Array, count: int, x: Array, axes: tuple[int, int, int], norm: int
 ) -> None:
     """Queue the sum of ``count`` parts ``[B T, heads, group, width]`` over parts and group; ``axes`` are the last 3."""
     s, warps = problem.sizes, 4 if WARP == 32 else 1
     heads, group, width = axes
     rows = s.B * s.T * heads
-    chosen = constants(
-        {"K": width, "warps": warps, "real": kind(found), "kind": kind(x), "target": kind(dx), "norm": norm}
-    )
+    wide = -(-width // WARP)
+    chosen = constants({"wide": wide, "warps": warps, "real": kind(found), "kind": kind(x), "target": kind(dx)})
     numbers = (
-        *place(found, 0), count, rows * group * width, *place(x, 4), *place(dx, 0), rows, s.T, heads, group,
+        *place(found, 0), count, rows * group * width, *place(x, 4), *place(dx, 0), rows, s.T, heads, group, width,
+        norm,
     )  # fmt: skip
     GATHER(dx, chosen, -(-rows // warps), warps * WARP, numbers)
 

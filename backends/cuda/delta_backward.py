@@ -25,16 +25,15 @@ from .unroll import each, unrolled
 
 
 def build(
-    *, K, V, lanes, rows, columns, warps, hold, spacing, real, kind, beta, decay, decay_kind, norm, packed,
-    dy, dfinal, dmarks, dinitial, dq_kind, dk_kind, dg_kind, dbeta_kind,
+    *, lanes, rows, columns, warps, hold, spacing, real, kind, beta, decay, decay_kind, dy, dfinal, dmarks, dinitial,
+    dq_kind, dk_kind, dg_kind, dbeta_kind,
 ):  # fmt: skip
-    """The kernel; constants as in ``delta_forward``, and the dtypes of gradients, empty where there is none."""
+    """The kernel; constants as in ``delta_forward``, and the dtypes of gradients."""
     L, R, C, W, G = lanes, rows, columns, warps, WARP // lanes
     KP, BLOCK, THREADS = L * R, warps * G * columns, warps * WARP
     QUADS, CELLS, HOLD, SPACING = R // 4, R * C, hold, spacing
     STATES, GROUPS = HOLD * CELLS, spacing // hold
-    DELTA, DECAY, NORM, PACKED = beta != "", decay, norm, packed
-    FLOWS, FINAL, MARKS, INITIAL = dy != "", dfinal != "", dmarks != "", dinitial != ""
+    DELTA, DECAY = beta != "", decay
     GROUP_BITS, LANE_BITS = G.bit_length() - 1, WARP.bit_length() - 1
     WIDE = -(-KP // WARP)
     element = np.dtype(real)
@@ -48,9 +47,9 @@ def build(
     STEPS = GROUP_BITS
     read, read_real, write, write_real = load(kind), load(real), store(kind), store(real)
     read_beta, read_decay = load(beta or real), load(decay_kind or real)
-    read_dy, read_dfinal, read_dmark = load(dy or real), load(dfinal or real), load(dmarks or real)
-    write_dq, write_dk, write_dg = store(dq_kind), store(dk_kind), store(dg_kind or real)
-    write_dbeta, write_dinitial, read_offset = store(dbeta_kind or real), store(dinitial or real), load("int64")
+    read_dy, read_dfinal, read_dmark = load(dy), load(dfinal), load(dmarks)
+    write_dq, write_dk, write_dg = store(dq_kind), store(dk_kind), store(dg_kind)
+    write_dbeta, write_dinitial, read_offset = store(dbeta_kind), store(dinitial), load("int64")
     # Where things lie in shared memory.
     KEYS, FADES = SPACING * KP, 2 * SPACING * KP
     WRITES = FADES + (SPACING * KP if decay == 2 else 0)
@@ -66,7 +65,7 @@ def build(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h,
         g, g_b, g_t, g_h, g_d, dy, dy_b, dy_t, dy_h, dy_d, dfinal, dfinal_n, dfinal_h, dfinal_k, dfinal_v,
         dmarks, dmarks_n, dmarks_p, dmarks_h, dmarks_k, dmarks_v, dq, dk, dv, dbeta, dg, dinitial,
-        offsets, kept, errors, scratch, tokens, every, heads, group, all_tokens, scale: float,
+        offsets, kept, errors, scratch, K, V, tokens, every, heads, group, all_tokens, norm, scale: float,
     ):  # fmt: skip
         memory = cuda.shared.array(0, element)
         thread = cuda.threadIdx.x
@@ -80,7 +79,7 @@ def build(
         n = item // (blocks * heads)
         begin = part * BLOCK
         batch, start, length = n, np.int64(0), tokens
-        if PACKED:
+        if offsets != 0:
             batch, start = np.int64(0), read_offset(offsets, n)
             length = read_offset(offsets, n + 1) - start
         q_at = batch * q_b + start * q_t + head // group * q_h
@@ -93,7 +92,7 @@ def build(
         part_at = part * all_tokens + row_at
         keep = row_at // SPACING + n
         mark_row, mark_at = n, np.int64(0)
-        if MARKS and PACKED:
+        if dmarks != 0 and offsets != 0:
             mark_row = np.int64(0)
             for before in range(n):
                 mark_at += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
@@ -111,13 +110,15 @@ def build(
         us = cuda.local.array(C, number)
         seeds = cuda.local.array(C, number)
         dus = cuda.local.array(C, number)
+        for e in range(STATES):
+            states[e] = zero
         for r in range(R):
             dd[r] = one
             row = r // 4 * 4 * L + 4 * share + r % 4
             for c in range(C):
                 column = begin + c0 + c * G
                 ds[r * C + c] = zero
-                if FINAL and row < K and column < V:
+                if dfinal != 0 and row < K and column < V:
                     at = n * dfinal_n + head * dfinal_h + row * dfinal_k + column * dfinal_v
                     ds[r * C + c] = number(read_dfinal(dfinal, at))
 
@@ -140,7 +141,7 @@ def build(
                     inside = t < count and row < K
                     some_q = number(read(q, q_at + (base + t) * q_t + row * q_d)) if inside else zero
                     some_k = number(read(k, k_at + (base + t) * k_t + row * k_d)) if inside else zero
-                    if NORM:
+                    if norm != 0:
                         norm_q += some_q * some_q
                         norm_k += some_k * some_k
                     if row < KP:
@@ -151,7 +152,7 @@ def build(
                             if inside:
                                 fade = number(math.exp(number(read_decay(g, g_at + (base + t) * g_t + row * g_d))))
                             memory[FADES + t * KP + row] = fade
-                if NORM:
+                if norm != 0:
                     norm_q = one / number(math.sqrt(across(norm_q) + eps))
                     norm_k = one / number(math.sqrt(across(norm_k) + eps))
                     for i in range(WIDE):
@@ -168,7 +169,7 @@ def build(
                         some = read_real(errors, ((row_at + base + t) * heads + head) * V + begin + column)
                     else:
                         some = number(read(v, v_at + (base + t) * v_t + column * v_d))
-                    if FLOWS:
+                    if dy != 0:
                         seed = number(read_dy(dy, dy_at + (base + t) * dy_t + column * dy_d))
                 memory[WRITES + at] = some
                 memory[SEEDS + at] = seed
@@ -219,8 +220,13 @@ def build(
             for b in range(groups):
                 a = groups - 1 - b
                 for e in range(CELLS):
-                    states[e] = read_real(scratch, ((item * GROUPS + a) * CELLS + e) * THREADS + thread)
-                for m in each(HOLD - 1):
+                    s[e] = read_real(scratch, ((item * GROUPS + a) * CELLS + e) * THREADS + thread)
+                for m in range(HOLD):
+                    # A queue: after HOLD tokens, the state before each of them.
+                    for e in range(STATES - CELLS):
+                        states[e] = states[e + CELLS]
+                    for e in range(CELLS):
+                        states[STATES - CELLS + e] = s[e]
                     t = a * HOLD + m
                     strength, fade = memory[BETAS + t], memory[DECAYS + t]
                     for c in range(C):
@@ -236,18 +242,23 @@ def build(
                                 dd[4 * x + i] = four[i]
                     for r in range(R):
                         for c in range(C):
-                            old = states[m * CELLS + r * C + c]
+                            old = s[r * C + c]
                             if DECAY == 1:
                                 old = fade * old
                             if DECAY == 2:
                                 old = dd[r] * old
-                            states[(m + 1) * CELLS + r * C + c] = old + kk[r] * us[c]
-                for m in each(HOLD, -1):
+                            s[r * C + c] = old + kk[r] * us[c]
+                for ahead in range(HOLD):
+                    m = HOLD - 1 - ahead
                     t = a * HOLD + m
+                    for e in range(CELLS):
+                        s[e] = states[STATES - CELLS + e]
+                    for e in range(STATES - CELLS):
+                        states[STATES - 1 - e] = states[STATES - CELLS - 1 - e]
                     if t < count:
                         token = base + t
                         strength, fade = memory[BETAS + t], memory[DECAYS + t]
-                        if MARKS and (token + 1) % every == 0:
+                        if dmarks != 0 and (token + 1) % every == 0:
                             mark = mark_at + (token + 1) // every - 1
                             for r in range(R):
                                 row = r // 4 * 4 * L + 4 * share + r % 4
@@ -279,12 +290,12 @@ def build(
                             dks[r] = zero
                             dgs[r] = zero
                             for c in range(C):
-                                old = states[m * CELLS + r * C + c]
+                                old = s[r * C + c]
                                 if DECAY == 1:
                                     old = fade * old
                                 if DECAY == 2:
                                     old = dd[r] * old
-                                states[m * CELLS + r * C + c] = old
+                                s[r * C + c] = old
                                 adjoint = ds[r * C + c] + qq[r] * seeds[c]
                                 ds[r * C + c] = adjoint
                                 dus[c] += adjoint * kk[r]
@@ -299,7 +310,7 @@ def build(
                                 write(dv, ((row_at + token) * heads + head) * V + begin + c0 + c * G, dus[c])
                         for r in range(R):
                             for c in range(C):
-                                old, adjoint = states[m * CELLS + r * C + c], ds[r * C + c]
+                                old, adjoint = s[r * C + c], ds[r * C + c]
                                 if DELTA:
                                     adjoint -= kk[r] * dus[c]
                                     dks[r] -= old * dus[c]
@@ -376,7 +387,7 @@ def build(
                         write_dg(dg, to, other)
                 cuda.syncthreads()
 
-        if INITIAL:
+        if dinitial != 0:
             for r in range(R):
                 row = r // 4 * 4 * L + 4 * share + r % 4
                 for c in range(C):

@@ -13,15 +13,15 @@ from .device import WARP, load, store, sum_lanes
 from .source import cuda
 
 
-def build(*, K, warps, real, kind, target, norm):
-    """The kernel; ``target`` is the dtype of the gradient, ``kind`` that of x, which only a norm reads."""
-    WIDE, W, NORM = -(-K // WARP), warps, norm
+def build(*, wide, warps, real, kind, target):
+    """The kernel for rows of up to ``wide`` warps; ``target`` is the dtype of dx, ``kind`` that of x."""
+    WIDE, W = wide, warps
     number = np.dtype(real).type
     zero, one, eps = number(0), number(1), number(1e-6)
     across = sum_lanes(0, WARP.bit_length() - 1)
     read, read_part, write = load(kind), load(real), store(target)
 
-    def kernel(parts, count, apart, x, x_b, x_t, x_h, x_d, dx, rows, tokens, heads, group):
+    def kernel(parts, count, apart, x, x_b, x_t, x_h, x_d, dx, rows, tokens, heads, group, K, norm):
         lane = cuda.threadIdx.x % WARP
         at = np.int64(cuda.blockIdx.x) * W + cuda.threadIdx.x // WARP
         here = at < rows
@@ -36,12 +36,12 @@ def build(*, K, warps, real, kind, target, norm):
                 for p in range(count):
                     for h in range(group):
                         total += read_part(parts, p * apart + (at * group + h) * K + row)
-                if NORM:
+                if norm != 0:
                     value = number(read(x, where // tokens * x_b + where % tokens * x_t + head * x_h + row * x_d))
             found[i], given[i] = total, value
             squares += value * value
             dots += value * total
-        if NORM:
+        if norm != 0:
             rho = one / number(math.sqrt(across(squares) + eps))
             dots = across(dots) * rho * rho
             for i in range(WIDE):
