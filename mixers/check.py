@@ -547,9 +547,20 @@ def supported(
     return kernel.supports(dataclasses.replace(call.problem(), dtype=dtype, library=library, device=device))
 
 
+def own_library(kernel: Kernel | None) -> str:
+    """The library whose arrays a kernel is tried on; torch's where it takes any, for they have gradients."""
+    if kernel is None:
+        return "numpy"
+    if kernel.arrays == "any":
+        return autodiff() or "numpy"
+    return kernel.arrays
+
+
 def own_dtypes(kernel: Kernel | None) -> tuple[str, ...]:
-    """The dtypes in which a kernel computes: those of a GPU have no float64, and multiply halves as they are."""
-    return ("float32", "bfloat16") if kernel and kernel.arrays == "torch" else ("float64", "float32")
+    """The dtypes in which a kernel computes: those of tensors have no float64, and multiply halves as they are."""
+    if own_library(kernel) == "numpy":
+        return ("float64", "float32")
+    return ("float32", "bfloat16", *(["float64"] if kernel and kernel.arrays == "any" else []))
 
 
 def cases(
@@ -568,7 +579,7 @@ def cases(
             for law in LAWS:
                 for setting in _settings_of(law, get_spec(name)):
                     for dtype in dtypes or own_dtypes(kernel):
-                        arrays = library or (kernel.arrays if kernel else "numpy")
+                        arrays = library or own_library(kernel)
                         case = fitted(Case(law, setting, backend, kernel, dtype, arrays))
                         if case is not None:
                             yield case
