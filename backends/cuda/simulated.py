@@ -10,8 +10,6 @@ import threading
 
 import numpy as np
 
-WARP = 4
-
 _CELLS = {
     "float64": ctypes.c_double, "float32": ctypes.c_float, "bfloat16": ctypes.c_uint16, "float16": ctypes.c_uint16,
     "int64": ctypes.c_int64, "int32": ctypes.c_int32, "int16": ctypes.c_int16, "int8": ctypes.c_int8,
