@@ -97,17 +97,21 @@ def build(
         if begins:
             at = n * initial_n + head * initial_h
             for r in range(R):
-                row = min(r // 4 * 4 * L + 4 * share + r % 4, K - 1)
+                row = r // 4 * 4 * L + 4 * share + r % 4
                 for c in range(C):
-                    column = min(begin + c0 + c * G, V - 1)
-                    s[r * C + c] = number(read_first(initial, at + row * initial_k + column * initial_v))
+                    column = begin + c0 + c * G
+                    away = min(row, K - 1) * initial_k + min(column, V - 1) * initial_v
+                    found = number(read_first(initial, at + away))
+                    s[r * C + c] = found if row < K and column < V else zero
         elif real_slot:
             at = source * origin_n + head * origin_h
             for r in range(R):
-                row = min(r // 4 * 4 * L + 4 * share + r % 4, K - 1)
+                row = r // 4 * 4 * L + 4 * share + r % 4
                 for c in range(C):
-                    column = min(begin + c0 + c * G, V - 1)
-                    s[r * C + c] = number(read_source(origin, at + row * origin_k + column * origin_v))
+                    column = begin + c0 + c * G
+                    away = min(row, K - 1) * origin_k + min(column, V - 1) * origin_v
+                    found = number(read_source(origin, at + away))
+                    s[r * C + c] = found if row < K and column < V else zero
 
         q_at = batch * q_b + start * q_t + head // group * q_h
         k_at = batch * k_b + start * k_t + head // group * k_h
