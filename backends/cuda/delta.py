@@ -24,7 +24,7 @@ from .program import Constants, Program, constants
 MIXERS = frozenset({"linear_attention", "ssd", "gla", "delta_rule", "gated_delta_rule", "kda"})
 
 # Rows of a column, and the largest tile of state that a thread holds in registers.
-WIDEST, MOST_CELLS = 256, 64
+WIDEST, MOST_CELLS = 256, 32
 
 # Widths are rounded up to so many channels, so that few kernels serve all of them.
 GRANULE = WARP

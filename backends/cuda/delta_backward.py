@@ -37,7 +37,7 @@ def build(
     GROUP_BITS, LANE_BITS = G.bit_length() - 1, WARP.bit_length() - 1
     WIDE, DEEP = -(-KP // WARP), -(-spacing * BLOCK // THREADS)
     ROUNDS = -(-spacing // W)
-    BATCH = min(4, ROUNDS)
+    BATCH = min(2, ROUNDS)
     BATCHES, PIECES = -(-ROUNDS // BATCH), BATCH * WIDE
     element = np.dtype(real)
     number = element.type
