@@ -93,6 +93,10 @@ class DeltaRecurrent(CudaKernel):
             )
         return Support.yes()
 
+    def suits(self, problem: Problem) -> bool:
+        """One token a sequence; chunks on tensor cores are faster for more, where somebody has them."""
+        return problem.single
+
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Few lanes a column where there are sequences enough to fill a GPU, more of them where there are not."""
         lanes, columns = ((1, 2, 4, 8, 16, 32), (1, 2)) if not SIMULATED else ((2, 1, 4), (1,))
