@@ -69,11 +69,11 @@ def most_cells(problem: Problem) -> int:
 
 
 def tile(problem: Problem, shape: Mapping[str, int]) -> int:
-    """Tokens that come to shared memory at a time: as many as fit it three times over, 8 at most."""
+    """Tokens that come to shared memory at a time: as many as fit it three times over, 16 at most."""
     block = shape["warps"] * WARP // shape["lanes"] * shape["columns"]
     rows = (3 if decay_axes(problem) == 2 else 2) * shape["lanes"] * shape["rows"]
     fit = STATIC_SHARED // (3 * (rows + block + 2) * SIZES[problem.compute_dtype])
-    return max(1, min(fit, 8, shape["warps"] * WARP))
+    return max(1, min(fit, 16, shape["warps"] * WARP))
 
 
 class DeltaRecurrent(CudaKernel):
@@ -137,7 +137,7 @@ def cost(problem: Problem, config: Config) -> float:
 def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
     """The constants that a forward and a backward share."""
     return {
-        **config,
+        **{name: number for name, number in config.items() if name != "registers"},
         "real": problem.compute_dtype,
         "kind": problem.dtype,
         "beta": kind(x.get("beta")),
@@ -186,7 +186,8 @@ def run_forward(
     )  # fmt: skip
     blocks = s.N * s.H * parts(problem, config)
     reals = (read_scale(problem.option, s.K),)
-    FORWARD(x["q"], chosen, blocks, config["warps"] * WARP, numbers, reals)
+    threads = config["warps"] * WARP
+    FORWARD(x["q"], chosen, blocks, threads, numbers, reals, registers=config.get("registers", 0))
 
 
 def backward_layout(problem: Problem) -> dict[str, int]:
