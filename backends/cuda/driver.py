@@ -145,7 +145,11 @@ class Function:
         """Queue the kernel on a stream; ``arguments`` as the kernel declares them, packed."""
         size = ctypes.c_size_t(len(arguments))
         extra = (ctypes.c_void_p * 5)(
-            _ARGUMENTS, ctypes.cast(arguments, ctypes.c_void_p), _ARGUMENTS_BYTES, ctypes.addressof(size), None
+            _ARGUMENTS,
+            ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p),
+            _ARGUMENTS_BYTES,
+            ctypes.addressof(size),
+            None,
         )
         _call("cuLaunchKernel", self._handle, blocks, 1, 1, threads, 1, 1, shared, ctypes.c_void_p(stream), None, extra)
 
