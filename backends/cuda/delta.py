@@ -8,6 +8,7 @@ A configuration lays one head's state over threads: ``lanes`` share a column, ea
 has ``columns`` columns, a block ``warps`` warps; ``tile`` tokens at a time come through shared memory.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,16 +135,38 @@ def cost(problem: Problem, config: Config) -> float:
     return max(1.5 * work + 30 * steps, work * warps / (4 * PROCESSORS))
 
 
-def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
-    """The constants that a forward and a backward share."""
-    return {
-        **{name: number for name, number in config.items() if name != "registers"},
-        "real": problem.compute_dtype,
-        "kind": problem.dtype,
-        "beta": kind(x.get("beta")),
-        "decay": decay_axes(problem),
-        "decay_kind": kind(x.get("log_decay")) or problem.compute_dtype,
-    }
+# A decoded token asks for the same kernel again and again.
+@functools.lru_cache(maxsize=4096)
+def forward_constants(
+    config: tuple[tuple[str, int], ...],
+    real: str,
+    kind: str,
+    decay: int,
+    beta: str,
+    log_decay: str,
+    first: str,
+    source: str,
+    target: str,
+    marks: str,
+    slots: str,
+    out_slots: str,
+    fresh: str,
+    reads: bool,
+    keeps: bool,
+) -> Constants:
+    """The constants of a forward, from the dtypes of its arrays; what is not there is called what would be usual."""
+    return constants(
+        layout_of(dict(config))
+        | {"real": real, "kind": kind, "beta": beta, "decay": decay, "decay_kind": log_decay or real}
+        | {"first": first, "source": source, "target": target or real, "marks": marks or real}
+        | {"slots": slots or "int32", "out_slots": out_slots or "int32", "fresh": fresh or "bool"}
+        | {"reads": reads, "keeps": keeps}
+    )
+
+
+def layout_of(config: Config) -> dict[str, Any]:
+    """What of a configuration a kernel is built from."""
+    return {name: number for name, number in config.items() if name != "registers"}
 
 
 def run_forward(
@@ -163,19 +186,22 @@ def run_forward(
     """Queue the forward: from the states ``origin`` to ``final``, filling what else is given."""
     s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
-    chosen: Constants = constants(
-        shape_of(problem, config, x)
-        | {
-            "first": kind(x["initial.state"]),
-            "source": kind(origin),
-            "target": kind(final) or real,
-            "marks": kind(checkpoints) or real,
-            "slots": kind(slots) or "int32",
-            "out_slots": kind(out_slots) or "int32",
-            "fresh": kind(fresh) or "bool",
-            "reads": y is not None,
-            "keeps": kept is not None,
-        }
+    chosen = forward_constants(
+        tuple(config.items()),
+        real,
+        problem.dtype,
+        decay_axes(problem),
+        kind(x.get("beta")),
+        kind(x.get("log_decay")),
+        kind(x["initial.state"]),
+        kind(origin),
+        kind(final),
+        kind(checkpoints),
+        kind(slots),
+        kind(out_slots),
+        kind(fresh),
+        y is not None,
+        kept is not None,
     )
     numbers = (
         *place(x["q"], 4), *place(x["k"], 4), *place(x["v"], 4), *place(x.get("beta"), 3),
@@ -254,8 +280,10 @@ def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Array
         dx.get("initial.state"), dout.get("y"), dout.get("final.state"), dout.get("checkpoint.state")
     )  # fmt: skip
     chosen = constants(
-        shape_of(problem, shape, x)
+        shape
         | {
+            "real": real, "kind": problem.dtype, "beta": kind(x.get("beta")), "decay": decay,
+            "decay_kind": kind(x.get("log_decay")) or real,
             "hold": hold, "spacing": spacing, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real,
             "dmarks": kind(marks) or real, "dinitial": kind(first) or real, "dq_kind": kind(rows["q"]),
             "dk_kind": kind(rows["k"]), "dg_kind": kind(rows.get("log_decay")) or real,
