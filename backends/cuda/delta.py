@@ -210,7 +210,7 @@ def run_forward(
         *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
         *place(errors, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G, norm(problem),
     )  # fmt: skip
-    blocks = s.N * s.H * parts(problem, config)
+    blocks = s.N, s.H * parts(problem, config)
     reals = (read_scale(problem.option, s.K),)
     threads = config["warps"] * WARP
     FORWARD(x["q"], chosen, blocks, threads, numbers, reals, registers=config.get("registers", 0))

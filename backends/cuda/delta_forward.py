@@ -74,10 +74,13 @@ def build(
         warp, lane = thread // WARP, thread % WARP
         share, c0 = lane // G, warp * G * C + lane % G
         blocks = (V + BLOCK - 1) // BLOCK
-        item = np.int64(cuda.blockIdx.x)
-        part = item % blocks
-        head = (item // blocks) % heads
-        n = item // (blocks * heads)
+        # A division takes as long as a read of memory: there is one only where there is something to divide.
+        n, head, part = np.int64(cuda.blockIdx.x), np.int64(cuda.blockIdx.y), np.int64(0)
+        if blocks > 1:
+            part, head = head % blocks, head // blocks
+        key_head = head
+        if group > 1:
+            key_head = head // group
         begin = part * BLOCK
 
         batch, start, length = n, np.int64(0), tokens
@@ -112,8 +115,8 @@ def build(
                     column = min(begin + c0 + c * G, V - 1)
                     s[r * C + c] = number(read_source(origin, at + row * origin_k + column * origin_v))
 
-        q_at = batch * q_b + start * q_t + head // group * q_h
-        k_at = batch * k_b + start * k_t + head // group * k_h
+        q_at = batch * q_b + start * q_t + key_head * q_h
+        k_at = batch * k_b + start * k_t + key_head * k_h
         v_at = batch * v_b + start * v_t + head * v_h + begin * v_d
         beta_at = batch * beta_b + start * beta_t + head * beta_h
         g_at = batch * g_b + start * g_t + head * g_h
@@ -121,9 +124,8 @@ def build(
         y_at = (row_at * heads + head) * V + begin
         mark = np.int64(0)
         if checkpoints != 0:
-            mark = n * (tokens // every)
+            mark = n * (tokens // every) if offsets == 0 else np.int64(0)
             if offsets != 0:
-                mark = np.int64(0)
                 for before in range(n):
                     mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
         until_mark, until_keep = every, np.int64(0)

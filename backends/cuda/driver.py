@@ -141,7 +141,7 @@ class Function:
         """Let a launch ask for this many bytes of dynamic shared memory."""
         _call("cuKernelSetAttribute", _MAX_SHARED, size, self._handle, device)
 
-    def launch(self, blocks: int, threads: int, shared: int, stream: int, arguments: bytes) -> None:
+    def launch(self, grid: tuple[int, int], threads: int, shared: int, stream: int, arguments: bytes) -> None:
         """Queue the kernel on a stream; ``arguments`` as the kernel declares them, packed."""
         size = ctypes.c_size_t(len(arguments))
         extra = (ctypes.c_void_p * 5)(
@@ -151,7 +151,7 @@ class Function:
             ctypes.addressof(size),
             None,
         )
-        _call("cuLaunchKernel", self._handle, blocks, 1, 1, threads, 1, 1, shared, ctypes.c_void_p(stream), None, extra)
+        _call("cuLaunchKernel", self._handle, *grid, 1, threads, 1, 1, shared, ctypes.c_void_p(stream), None, extra)
 
 
 def clear(address: int, size: int, stream: int) -> None:

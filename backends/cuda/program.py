@@ -79,7 +79,7 @@ class Program:
         self,
         like: Array,
         constants: Constants,
-        blocks: int,
+        blocks: int | tuple[int, int],
         threads: int,
         numbers: Sequence[int],
         reals: Sequence[float] = (),
@@ -88,19 +88,20 @@ class Program:
     ) -> None:
         """Queue it on the current stream of ``like``'s library and device; nothing is waited for.
 
-        ``shared`` bytes of dynamic shared memory a block; at most so many ``registers`` a thread, 0 for what a block
-        of this size can have.
+        A grid has ``blocks``, or so many along two axes, the second up to 65535. ``shared`` bytes of dynamic shared
+        memory a block; at most so many ``registers`` a thread, 0 for what a block of this size can have.
         """
-        if blocks == 0:
+        grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
+        if 0 in grid:
             return
         if SIMULATED:
-            self._simulate(constants, blocks, threads, (*numbers, *reals), shared)
+            self._simulate(constants, grid, threads, (*numbers, *reals), shared)
             return
         device = device_of(like)
         driver.enter(device)
         function = self.function(constants, device, threads, shared, registers)
         arguments = struct.pack(f"{len(numbers)}q{len(reals)}d", *numbers, *reals)
-        function.launch(blocks, threads, shared, stream_of(like), arguments)
+        function.launch(grid, threads, shared, stream_of(like), arguments)
 
     def function(
         self, constants: Constants, device: int, threads: int, shared: int = 0, registers: int = 0
@@ -155,7 +156,7 @@ class Program:
     def _simulated(self) -> dict[Constants, Any]:
         return {}
 
-    def _simulate(self, constants: Constants, blocks: int, threads: int, arguments: Any, shared: int) -> None:
+    def _simulate(self, constants: Constants, grid: tuple[int, int], threads: int, arguments: Any, shared: int) -> None:
         from .source import cuda
 
         if constants not in self._simulated:
@@ -163,7 +164,7 @@ class Program:
         turn = sys.getswitchinterval()
         sys.setswitchinterval(_TURN)
         try:
-            self._simulated[constants][blocks, threads, 0, shared](*arguments)
+            self._simulated[constants][grid, threads, 0, shared](*arguments)
         finally:
             sys.setswitchinterval(turn)
 
