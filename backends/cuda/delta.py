@@ -208,7 +208,8 @@ def run_forward(
         *place(x.get("log_decay"), 4),
         *place(x["initial.state"], 4), *place(origin, 4), *place(final, 4), *place(y, 0), *place(checkpoints, 0),
         *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
-        *place(errors, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G, norm(problem),
+        *place(errors, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
+        s.H * s.V, norm(problem),
     )  # fmt: skip
     blocks = s.N, s.H * parts(problem, config)
     reals = (read_scale(problem.option, s.K),)
@@ -295,7 +296,7 @@ def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Array
         *place(dy, 4), *place(final, 4), *place(marks, 5), *place(rows["q"], 0), *place(rows["k"], 0),
         *place(dx["v"], 0), *place(rows.get("beta"), 0), *place(rows.get("log_decay"), 0), *place(first, 0),
         *place(x["offsets"], 0), *place(kept, 0), *place(errors, 0), *place(scratch, 0),
-        s.K, s.V, s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, all_tokens, norm(problem),
+        s.K, s.V, s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, s.H * s.V, all_tokens, norm(problem),
     )  # fmt: skip
     shared = shared_numbers(**shape, spacing=spacing, hold=hold, decay=decay) * SIZES[real]
     BACKWARD(q, chosen, s.N * s.H * blocks, threads, numbers, (read_scale(problem.option, s.K),), shared)

@@ -62,7 +62,7 @@ def build(
         g, g_b, g_t, g_h, g_d, initial, initial_n, initial_h, initial_k, initial_v,
         origin, origin_n, origin_h, origin_k, origin_v, final, final_n, final_h, final_k, final_v,
         y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, errors,
-        K, V, tokens, every, spacing, heads, group, norm, scale: float,
+        K, V, tokens, every, spacing, heads, group, apart, norm, scale: float,
     ):  # fmt: skip
         queries = cuda.shared.array(ALL_ROWS, number)
         keys = cuda.shared.array(ALL_ROWS, number)
@@ -185,7 +185,7 @@ def build(
                         for i in range(WIDE):
                             row = i * WARP + lane
                             if row < KP:
-                                queries[to + row] = some_q[i]
+                                queries[to + row] = gain * some_q[i]
                                 keys[to + row] = some_k[i]
                                 if DECAY == 2:
                                     fade = number(math.exp(number(widen_gate(raw_d[m * WIDE + i]))))
@@ -334,8 +334,8 @@ def build(
                     if READS:
                         for c in range(C):
                             if share == c % L and begin + c0 + c * G < V:
-                                write(y, y_at + c0 + c * G, gain * out[c])
-                    y_at += heads * V
+                                write(y, y_at + c0 + c * G, out[c])
+                    y_at += apart
                     if checkpoints != 0:
                         until_mark -= 1
                         if until_mark == 0:
