@@ -85,9 +85,9 @@ class Kernel(ABC):
         name: unique in its backend, as ``"delta.recurrent"``.
         form: ``"recurrent"`` or ``"chunk"``.
         mixers: the names of the mixers that it runs.
-        arrays: the library whose arrays it takes: ``"numpy"``, ``"torch"`` or ``"jax"``. A kernel of NumPy arrays is
-            given them in the working dtype; any other takes arrays as the caller passed them, fills outputs in their
-            final dtype and gradients in that of their inputs, and does without ``kept.*``.
+        arrays: the library whose arrays it takes: ``"numpy"``, ``"torch"`` or ``"jax"``, or ``"any"``. A kernel of
+            NumPy arrays is given them in the working dtype; any other takes arrays as the caller passed them, fills
+            outputs in their final dtype and gradients in that of their inputs, and does without ``kept.*``.
         in_place: it has ``decode``.
     """
 

@@ -317,7 +317,10 @@ def peer_slope(setting: Setting, x: Named, dout: Named, name: str, direction: np
 
 def _peer_error(setting: Setting, x: Named, dout: Named, name: str, direction: np.ndarray, expected: float) -> float:
     """How far the float32 reference is from the true derivative: the worst of several draws, as in ``peer_errors``."""
-    moved = ({n: _moved(a, generator(jitter, n)) if jitter else a for n, a in x.items()} for jitter in range(17))
+    moved = (
+        {n: _moved(a, EPSILON["float32"], generator(jitter, n)) if jitter else a for n, a in x.items()}
+        for jitter in range(17)
+    )
     return max(abs(peer_slope(setting, m, dout, name, direction) - expected) for m in moved)
 
 
@@ -567,9 +570,20 @@ def supported(
     return kernel.supports(dataclasses.replace(call.problem(), dtype=dtype, library=library, device=device))
 
 
+def own_library(kernel: Kernel | None) -> str:
+    """The library whose arrays a kernel is tried on; torch's where it takes any, for they have gradients."""
+    if kernel is None:
+        return "numpy"
+    if kernel.arrays == "any":
+        return autodiff() or "numpy"
+    return kernel.arrays
+
+
 def own_dtypes(kernel: Kernel | None) -> tuple[str, ...]:
-    """The dtypes in which a kernel computes: those of a GPU have no float64, and multiply halves as they are."""
-    return ("float32", "bfloat16") if kernel and kernel.arrays == "torch" else ("float64", "float32")
+    """The dtypes in which a kernel computes: those of tensors have no float64, and multiply halves as they are."""
+    if own_library(kernel) == "numpy":
+        return ("float64", "float32")
+    return ("float32", "bfloat16", *(["float64"] if kernel and kernel.arrays == "any" else []))
 
 
 def cases(
@@ -588,7 +602,7 @@ def cases(
             for law in LAWS:
                 for setting in _settings_of(law, get_spec(name)):
                     for dtype in dtypes or own_dtypes(kernel):
-                        arrays = library or (kernel.arrays if kernel else "numpy")
+                        arrays = library or own_library(kernel)
                         case = fitted(Case(law, setting, backend, kernel, dtype, arrays))
                         if case is not None:
                             yield case

@@ -154,19 +154,32 @@ def _working(array: Array | None, dtype: str) -> Array | None:
     return array.astype(dtype, copy=False)
 
 
+def _takes_any(plan: Plan) -> bool:
+    """Whether the kernel takes arrays as they are, and rounds what it stores."""
+    return plan.kernel is not None and plan.kernel.arrays == "any"
+
+
 def run_forward(plan: Plan, problem: Problem, x: Arrays) -> Arrays:
     """Allocate, call the kernel, and round what is stored in another dtype than it was computed in."""
     compute = problem.compute_dtype
     shapes = problem.outputs()
-    out: Arrays = {n: np.empty(s, "int32" if d == "int32" else compute) for n, (s, d) in shapes.items()}
+    if _takes_any(plan):
+        out: Arrays = {n: np.empty(s, d) for n, (s, d) in shapes.items() if not n.startswith("kept.")}
+        plan.forward(problem, x, out)
+        return out
+    out = {n: np.empty(s, "int32" if d == "int32" else compute) for n, (s, d) in shapes.items()}
     plan.forward(problem, {name: _working(a, compute) for name, a in x.items()}, out)
     return out | {n: out[n].astype(d) for n, (_, d) in shapes.items() if d not in ("int32", compute, "bfloat16")}
 
 
 def run_backward(plan: Plan, problem: Problem, x: Arrays, out: Arrays, dout: Arrays) -> Arrays:
-    """Gradients of every floating array in ``x``, in the working dtype."""
+    """Gradients of every floating array in ``x``, in the working dtype, or in its own where the kernel takes it so."""
     compute = problem.compute_dtype
-    dx: Arrays = {n: np.empty(a.shape, compute) for n, a in x.items() if a is not None and a.dtype.kind == "f"}
+    if _takes_any(plan):
+        dx: Arrays = {n: np.empty(a.shape, a.dtype) for n, a in x.items() if a is not None and a.dtype.kind == "f"}
+        plan.backward(problem, x, out, dout, dx)
+        return dx
+    dx = {n: np.empty(a.shape, compute) for n, a in x.items() if a is not None and a.dtype.kind == "f"}
     plan.backward(
         problem,
         {name: _working(a, compute) for name, a in x.items()},

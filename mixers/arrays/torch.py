@@ -141,7 +141,10 @@ class Torch:
         # Host kernels keep states; those of a GPU never do.
         kept = _RECOMPUTE if mixer.recomputes or call.x["q"].device.type != "cpu" else _KEEP
         key = f"{kept if grad else 0}|{int(flags.state)}|{flags.checkpoint_every}|{mixer.key}"
-        results = _operators[operator_name(call.spec, call.options)](*tensors, key)
+        name = operator_name(call.spec, call.options)
+        if name not in _operators:  # the mixer is older than the first import of torch
+            define_operators(call.spec, call.options)
+        results = _operators[name](*tensors, key)
         return dict(zip(_result_names(call.spec, call.options), results, strict=True))
 
 
@@ -291,7 +294,7 @@ def _chosen(mixer: Mixer, flags: Flags, x: Arrays, sizes: Sizes) -> tuple[Proble
 
 
 def _takes_tensors(plan: Plan) -> bool:
-    return plan.kernel is not None and plan.kernel.arrays == library.name
+    return plan.kernel is not None and plan.kernel.arrays in (library.name, "any")
 
 
 def _device(tensor: Array) -> Any:
