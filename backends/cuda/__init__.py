@@ -14,7 +14,7 @@ from mixers.backend import Kernel, Place, Support
 # A simulator is chosen by Numba's own switch.
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 
-_FAMILIES = ("delta",)
+_FAMILIES = ("delta", "lattice")
 
 
 class CudaBackend:

@@ -1,0 +1,175 @@
+"""Lattice, exact (``chunk_size=1``): sequences, packs, single tokens, and states in a pool; see ``lattice_forward``.
+
+    q, k [B,T,G,K]   v, y [B,T,H,V]   beta [B,T,H] or [B,T,H,K]   log_decay [B,T,H]   S [N,H,K,V]
+
+A configuration lays one head's slots over a block: ``warps`` share the slots out, a lane holds ``rows`` slots by
+``columns`` values, ``lanes`` of them lie along the values; ``tile`` tokens at a time come through shared memory.
+"""
+
+from typing import Any
+
+from mixers.backend import Config, Pool, Support
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array
+
+from .arrays import kind, place
+from .device import WARP
+from .kernel import CudaKernel, blank_unused
+from .lattice_slots import OBJECTIVES
+from .program import Program, constants
+
+FORWARD = Program("lattice_forward")
+
+# Cells of a state that a thread holds in registers, by the number of warps in a block.
+MOST_CELLS = {4: 64, 8: 64, 16: 32} if WARP == 32 else {1: 1 << 20}
+LANES = (8, 4, 16, 2) if WARP == 32 else (2,)
+
+# Bytes of shared memory that a kernel has without asking for more.
+SHARED = 48 * 1024
+
+
+def layouts(problem: Problem) -> list[dict[str, int]]:
+    """Every configuration that holds a head in a block's registers, the likeliest first."""
+    _, _, key_dim, value_dim = problem.widths
+    double = problem.compute_dtype == "float64"
+    found = []
+    for warps, most in MOST_CELLS.items():
+        for lanes in LANES:
+            rows = -(-key_dim // (WARP // lanes * warps))
+            columns = 4 * -(-value_dim // (4 * lanes))
+            if rows * columns <= most // (2 if double else 1):
+                config = {"rows": rows, "columns": columns, "lanes": lanes, "warps": warps, "tile": 4}
+                if shared(problem, config, 1) <= SHARED:
+                    found.append(config)
+    return sorted(found, key=_cost)
+
+
+def _cost(config: Config) -> float:
+    """Roughly the cycles of a token: work on the slots, exchanges between lanes, sums over warps."""
+    rows, columns, lanes, warps = (config[name] for name in ("rows", "columns", "lanes", "warps"))
+    along, across = lanes.bit_length() - 1, (WARP // lanes).bit_length() - 1
+    work = 7 * rows * columns + 25 * rows + 2 * (2 * rows + 1) * along + 6 * columns + columns * warps
+    return work * max(1, warps / 4) + 30 * (along + across)
+
+
+def shared(problem: Problem, config: Config, together: int) -> int:
+    """Bytes of shared memory that a block takes."""
+    rows, columns, lanes, warps, tile = (config[name] for name in ("rows", "columns", "lanes", "warps", "tile"))
+    keys, values = rows * (WARP // lanes) * warps, columns * lanes
+    numbers = 2 * tile * (3 * keys + values + 1) + 2 * warps * values * (1 + together)
+    return numbers * (8 if problem.compute_dtype == "float64" else 4)
+
+
+class LatticeRecurrent(CudaKernel):
+    """The exact recurrence, token by token, the slots in registers."""
+
+    name = "lattice.recurrent"
+    form = "recurrent"
+    mixers = frozenset({"lattice"})
+    in_place = True
+
+    def takes(self, problem: Problem) -> Support:
+        """The exact recurrence, of slots that fit in the registers of a block."""
+        if problem.option["chunk_size"] != 1:
+            return Support.no(f"runs chunk_size=1, and chunk_size is {problem.option['chunk_size']}")
+        if not layouts(problem):
+            _, _, key_dim, value_dim = problem.widths
+            most = 64 if problem.compute_dtype == "float64" else 128
+            return Support.no(
+                f"holds a head in the registers of one block, up to {most} slots of {most} {problem.compute_dtype} "
+                f"numbers, and K = {key_dim}, V = {value_dim}; backend='triton' or 'reference' takes wider ones"
+            )
+        return Support.yes()
+
+    def configs(self, problem: Problem) -> tuple[Config, ...]:
+        """The likeliest first."""
+        return tuple(layouts(problem))
+
+    def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
+        """Fill ``y`` and states."""
+        blank_unused(problem, out)
+        run_forward(
+            problem,
+            config,
+            x,
+            x["initial.state"],
+            out.get("final.state"),
+            y=out["y"],
+            checkpoints=out.get("checkpoint.state"),
+        )
+
+    def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y``, and the pool in place."""
+        run_forward(problem, config, x, pool.arrays[0], pool.arrays[0], y=y, pool=pool)
+
+    def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
+        """Fill the gradients."""
+        raise NotImplementedError
+
+
+def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
+    """The constants that a forward and a backward share."""
+    s, option = problem.sizes, problem.option
+    return {
+        "K": s.K,
+        "V": s.V,
+        **config,
+        "objective": OBJECTIVES[option["objective"]],
+        "read_norm": option["read_norm"],
+        "real": problem.compute_dtype,
+        "kind": problem.dtype,
+        "beta": kind(x["beta"]),
+        "per_slot": problem.layout("beta") == "B T H K",
+        "decay": kind(x.get("log_decay")),
+        "packed": problem.packed,
+    }
+
+
+def inputs_of(x: Arrays) -> tuple[int, ...]:
+    """The inputs as numbers, for a forward and a backward."""
+    return (
+        *place(x["q"], 4), *place(x["k"], 4), *place(x["v"], 4), *place(x["beta"], 4), *place(x.get("log_decay"), 3)
+    )  # fmt: skip
+
+
+def run_forward(
+    problem: Problem,
+    config: Config,
+    x: Arrays,
+    origin: Array,
+    final: Array | None,
+    *,
+    y: Array | None = None,
+    checkpoints: Array | None = None,
+    pool: Pool | None = None,
+    kept: Array | None = None,
+    spacing: int = 0,
+) -> None:
+    """Queue the forward: from the slots ``origin`` to ``final``, filling what else is given."""
+    s = problem.sizes
+    slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
+    together = next(n for n in (4, 2, 1) if shared(problem, config, n) <= SHARED)
+    chosen = constants(
+        shape_of(problem, config, x)
+        | {
+            "together": together,
+            "first": kind(x["initial.state"]),
+            "source": kind(origin),
+            "target": kind(final),
+            "marks": kind(checkpoints),
+            "slots": kind(slots),
+            "out_slots": kind(out_slots),
+            "fresh": kind(fresh),
+            "reads": y is not None,
+            "keeps": kept is not None,
+        }
+    )
+    numbers = (
+        *inputs_of(x), *place(x["initial.state"], 4), *place(origin, 4), *place(final, 4), *place(y, 0),
+        *place(checkpoints, 0), *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0),
+        *place(kept, 0), s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
+    )  # fmt: skip
+    FORWARD(x["q"], chosen, s.N * s.H, config["warps"] * WARP, numbers, (problem.option["scale"],))
+
+
+KERNELS = (LatticeRecurrent(),)

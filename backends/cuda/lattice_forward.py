@@ -1,0 +1,407 @@
+"""Lattice, exact, token by token: the device code of the forward.
+
+    a_i = ⟨s_i, h⟩   r_i = ‖s_i‖²     z = k or k − a     c = beta z     w = μ − c a      h = v − Sᵀk or v
+    n_i² = w² r + 2 w c a + c² ‖h‖²   ρ = w/n   α = c/n      s'_i = ρ_i s_i + α_i h      y = scale · S'ᵀq or S̃ᵀq
+
+A block has one head. A warp has ``rows · M`` slots: a lane holds ``rows`` slots by ``columns`` values of them in
+registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over lanes,
+without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
+
+The chain from token to token is a, then n, then the next token's prediction, which is taken from the slots as they were,
+
+    S'ᵀk' = Σ_i (k'_i ρ_i) s_i + (Σ_i k'_i α_i) h
+
+so that turning the slots, reading them and measuring r wait for nobody. r is measured anew at every token: that keeps
+norms right. Where the terms of n² cancel, ‖s̃‖² is measured itself, and always so where a decay may leave little of a
+slot; then coefficients are first divided by max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values
+that only fill a tile up are unit vectors that no key reaches.
+
+Tokens come through shared memory a tile at a time, loaded while the tile before is worked on. There is one barrier a
+token.
+
+    slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 l + j % 4
+"""
+
+import math
+
+import numpy as np
+
+from .device import WARP, load, quad, store, sum_lanes
+from .folds import any_lane, fold, read_four, rsqrt, shares, write_four
+from .lattice_slots import DECODING, ENCODING, first_direction
+from .source import cuda
+
+# Bits of an offset in shared memory: a mask of them tells the compiler that it is not negative, and a multiple of 4.
+_OFFSETS = 0xFFFFF
+
+# ‖s̃‖² is measured where the terms of its formula are so many times larger than it.
+_CANCELS = 16.0
+
+
+def build(
+    *, K, V, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, decay, first, source,
+    target, marks, packed, slots, out_slots, fresh, reads, keeps,
+):  # fmt: skip
+    """The kernel.
+
+    ``beta``, ``decay``, ``first``, ``source``, ``target``, ``marks``, ``slots``, ``out_slots`` and ``fresh`` are the
+    dtypes of those arrays, empty where there is none. ``reads``: fill ``y``. ``keeps``: leave the slots before every
+    ``spacing``-th token for a backward. Reads of ``together`` tokens are put together and stored at a time.
+    """
+    R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
+    BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
+    KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
+    OWN, CHOSEN = shares(C, 0, BITS)
+    QUADS, WIDE = R // 4, C // 4
+    DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, decay != "", per_slot
+    PACKED, READS, KEEPS, READ_NORM = packed, reads, keeps, read_norm
+    POOL, FRESH, STORES, MARKS = slots != "", fresh != "", target != "", marks != ""
+    RING, TOGETHER, OUTS = 2 * tile, together, 2 * together
+    BP = KP if per_slot else 1
+    ALL_KEYS, ALL_VALUES, ALL_BETAS = RING * KP, RING * VP, RING * BP
+    ALL_PARTS, ALL_OUTS = 2 * W * VP, OUTS * W * VP if reads else 4
+    SOME_K, SOME_V, SOME_B = -(-tile * KP // THREADS), -(-tile * VP // THREADS), -(-tile * BP // THREADS)
+    SOME_Y = -(-together * VP // THREADS)
+    AHEAD = tile - 2
+    number = np.dtype(real).type
+    zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
+    FOURS = np.int32(_OFFSETS & -4)
+    MINE = np.int32(_OFFSETS & -(OWN & -OWN))
+    along, across, everyone = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS), sum_lanes(0, ALL_BITS)
+    read, write, write_kept = load(kind), store(kind), write_four(real)
+    read_beta, read_decay = load(beta or real), load(decay or real)
+    read_first, read_source = load(first or real), load(source or real)
+    write_target, write_mark = store(target or real), store(marks or real)
+    read_slot, read_out_slot, read_fresh = load(slots or "int32"), load(out_slots or "int32"), load(fresh or "bool")
+    read_offset = load("int64")
+    direction = first_direction(K, V, real)
+
+    def kernel(
+        q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h, beta_d,
+        g, g_b, g_t, g_h, initial, initial_n, initial_h, initial_k, initial_v,
+        origin, origin_n, origin_h, origin_k, origin_v, final, final_n, final_h, final_k, final_v,
+        y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept,
+        tokens, every, spacing, heads, group, scale: float,
+    ):  # fmt: skip
+        keys = cuda.shared.array(ALL_KEYS, number)
+        queries = cuda.shared.array(ALL_KEYS, number)
+        values = cuda.shared.array(ALL_VALUES, number)
+        betas = cuda.shared.array(ALL_BETAS, number)
+        fades = cuda.shared.array(RING, number)
+        parts = cuda.shared.array(ALL_PARTS, number)
+        outs = cuda.shared.array(ALL_OUTS, number)
+        thread = np.int32(cuda.threadIdx.x)
+        warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
+        m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
+        row0 = warp * np.int32(R * M) + m * np.int32(R)
+        column0 = np.int32(4) * l
+        mine = np.int32(0)
+        for bit, offset in CHOSEN:
+            mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
+        mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
+
+        item = np.int64(cuda.blockIdx.x)
+        head, n = item % heads, item // heads
+        batch, start, length = n, np.int64(0), tokens
+        if PACKED:
+            batch, start = np.int64(0), read_offset(offsets, n)
+            length = read_offset(offsets, n + 1) - start
+
+        # The slots. Those of zeros stand for their first directions once there is a token.
+        came, goes = n, n
+        if POOL:
+            came, goes = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
+        real_slot = came >= 0
+        begins = False
+        if FRESH:
+            begins = read_fresh(fresh, n * fresh_n) != 0
+        s = cuda.local.array(CELLS, number)
+        r = cuda.local.array(R, number)
+        for i in range(R):
+            size = zero
+            for j in range(C):
+                row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                found = one if row >= K and column == 0 else zero
+                if row < K and column < V:
+                    if begins:
+                        at = n * initial_n + head * initial_h + row * initial_k + column * initial_v
+                        found = number(read_first(initial, at))
+                    elif real_slot:
+                        at = came * origin_n + head * origin_h + row * origin_k + column * origin_v
+                        found = number(read_source(origin, at))
+                s[i * C + j] = found
+                size += abs(found)
+            if along(size) == zero and length > 0:
+                for j in range(C):
+                    s[i * C + j] = direction(row0 + i, j // 4 * 4 * L + column0 + j % 4)
+            size = zero
+            for j in range(C):
+                size += s[i * C + j] * s[i * C + j]
+            r[i] = along(size)
+
+        q_at = batch * q_b + start * q_t + head // group * q_h
+        k_at = batch * k_b + start * k_t + head // group * k_h
+        v_at = batch * v_b + start * v_t + head * v_h
+        beta_at = batch * beta_b + start * beta_t + head * beta_h
+        g_at = batch * g_b + start * g_t + head * g_h
+        row_at = batch * tokens + start
+        y_at = (row_at * heads + head) * V
+        mark = np.int64(0)
+        if MARKS:
+            mark = n * (tokens // every)
+            if PACKED:
+                mark = np.int64(0)
+                for before in range(n):
+                    mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+        until_mark, until_keep = every, np.int64(0)
+        keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
+        gain = number(scale)
+
+        some_k = cuda.local.array(SOME_K, number)
+        some_q = cuda.local.array(SOME_K, number)
+        some_v = cuda.local.array(SOME_V, number)
+        some_b = cuda.local.array(SOME_B, number)
+        some_g = one
+        a = cuda.local.array(R, number)
+        c = cuda.local.array(R, number)
+        rho = cuda.local.array(R, number)
+        alpha = cuda.local.array(R, number)
+        norm = cuda.local.array(R, number)
+        kk = cuda.local.array(R, number)
+        ahead = cuda.local.array(R, number)
+        h = cuda.local.array(C, number)
+        sums = cuda.local.array(C, number)
+
+        for t in range(-tile, length):
+            u = np.int32(t) & np.int32(tile - 1)
+            here, then = np.int32(t) & np.int32(RING - 1), np.int32(t + 1) & np.int32(RING - 1)
+            first_ahead = t + tile - u
+            if u == 0:
+                # The next tile: from memory to registers.
+                for i in range(SOME_K):
+                    at = np.int32(i * THREADS) + thread
+                    at, row = np.int64(at // np.int32(KP)), at % np.int32(KP)
+                    inside = first_ahead + at < length and row < K and at < tile
+                    at += first_ahead
+                    some_k[i] = number(read(k, k_at + at * k_t + row * k_d)) if inside else zero
+                    some_q[i] = number(read(q, q_at + at * q_t + row * q_d)) if READS and inside else zero
+                for i in range(SOME_V):
+                    at = np.int32(i * THREADS) + thread
+                    at, column = np.int64(at // np.int32(VP)), at % np.int32(VP)
+                    inside = first_ahead + at < length and column < V and at < tile
+                    some_v[i] = number(read(v, v_at + (first_ahead + at) * v_t + column * v_d)) if inside else zero
+                for i in range(SOME_B):
+                    at = np.int32(i * THREADS) + thread
+                    at, row = np.int64(at // np.int32(BP)), at % np.int32(BP)
+                    inside = first_ahead + at < length and row < K and at < tile
+                    at = beta_at + (first_ahead + at) * beta_t + row * beta_d
+                    some_b[i] = number(read_beta(beta, at)) if inside else zero
+                if GATED:
+                    some_g = one
+                    if thread < tile and first_ahead + thread < length:
+                        some_g = number(math.exp(number(read_decay(g, g_at + (first_ahead + thread) * g_t))))
+            if u == AHEAD:
+                # From registers to shared memory, before the barrier of the last token but one.
+                to = np.int32(first_ahead) & np.int32(RING - 1)
+                for i in range(SOME_K):
+                    at = np.int32(i * THREADS) + thread
+                    if at < tile * KP:
+                        keys[to * np.int32(KP) + at] = some_k[i]
+                        if READS:
+                            queries[to * np.int32(KP) + at] = some_q[i]
+                for i in range(SOME_V):
+                    at = np.int32(i * THREADS) + thread
+                    if at < tile * VP:
+                        values[to * np.int32(VP) + at] = some_v[i]
+                for i in range(SOME_B):
+                    at = np.int32(i * THREADS) + thread
+                    if at < tile * BP:
+                        betas[to * np.int32(BP) + at] = some_b[i]
+                if GATED and thread < tile:
+                    fades[to + thread] = some_g
+            if t < 0:
+                # Nothing but the first tile is there to be done, and the first prediction.
+                if u == AHEAD:
+                    cuda.syncthreads()
+                if u == tile - 1:
+                    for x in range(QUADS):
+                        four = quad(keys, (then * np.int32(KP) + row0 & FOURS) + 4 * x)
+                        for i in range(4):
+                            kk[4 * x + i] = four[i]
+                    for i in range(4 * QUADS, R):
+                        kk[i] = keys[(then * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+                    if DECODES:
+                        for j in range(C):
+                            sums[j] = zero
+                        for i in range(R):
+                            for j in range(C):
+                                sums[j] += kk[i] * s[i * C + j]
+                        across(sums)
+                        at = warp * np.int32(VP) + mine & MINE
+                        for j in range(OWN):
+                            parts[at + j] = sums[j]
+                    cuda.syncthreads()
+                continue
+
+            if KEEPS:
+                if until_keep == 0:
+                    for e in range(CELLS // 4):
+                        at = ((keep * (CELLS // 4) + e) * THREADS + thread) * 4
+                        write_kept(kept, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
+                    keep += heads
+                    until_keep = spacing
+                until_keep -= 1
+
+            # h, and what every slot has of it.
+            at = here * np.int32(VP) + column0 & FOURS
+            for x in range(WIDE):
+                four = quad(values, at + 4 * L * x)
+                for i in range(4):
+                    h[4 * x + i] = four[i]
+            if DECODES:
+                at = (np.int32(t) & np.int32(1)) * np.int32(W * VP) + column0 & FOURS
+                for x in range(WIDE * W):
+                    four = quad(parts, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                    for i in range(4):
+                        h[4 * (x % WIDE) + i] -= four[i]
+            hh = zero
+            for j in range(C):
+                hh += h[j] * h[j]
+            for i in range(R):
+                a[i] = zero
+                for j in range(C):
+                    a[i] += s[i * C + j] * h[j]
+            for i in range(R):
+                a[i] = along(a[i])
+            hh = along(hh)
+
+            mu = fades[here] if GATED else one
+            strength = betas[here] if not PER_SLOT else zero
+            careful = GATED
+            for i in range(R):
+                if PER_SLOT:
+                    strength = betas[(here * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+                c[i] = strength * (kk[i] - a[i] if ENCODES else kk[i])
+                x = c[i] * a[i]
+                w = mu - x
+                if GATED:
+                    largest = max(abs(w), abs(c[i]) * number(math.sqrt(hh)))
+                    over = one / largest if largest > zero else zero
+                    rho[i], alpha[i], norm[i] = w * over, c[i] * over, largest
+                else:
+                    turned, pulled = w * w * r[i], c[i] * c[i] * hh
+                    square = turned + two * w * x + pulled
+                    careful = careful or turned + pulled > many * square
+                    over = rsqrt(square)
+                    rho[i], alpha[i], norm[i] = w * over, c[i] * over, square * over
+            if GATED or any_lane(careful):
+                for i in range(R):
+                    size = zero
+                    for j in range(C):
+                        turned = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                        size += turned * turned
+                    size = along(size)
+                    over = rsqrt(size) if size > zero else zero
+                    rho[i] *= over
+                    alpha[i] *= over
+                    norm[i] *= size * over
+
+            for x in range(QUADS):
+                four = quad(keys, (then * np.int32(KP) + row0 & FOURS) + 4 * x)
+                for i in range(4):
+                    ahead[4 * x + i] = four[i]
+            for i in range(4 * QUADS, R):
+                ahead[i] = keys[(then * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+            to = (np.int32(t + 1) & np.int32(1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
+            if GATED:
+                # Nothing may be left of a slot, and its first direction stands in.
+                for i in range(R):
+                    for j in range(C):
+                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                    if norm[i] == zero:
+                        for j in range(C):
+                            s[i * C + j] = direction(row0 + i, j // 4 * 4 * L + column0 + j % 4)
+                for j in range(C):
+                    sums[j] = zero
+                for i in range(R):
+                    for j in range(C):
+                        sums[j] += ahead[i] * s[i * C + j]
+            elif DECODES:
+                pull = zero
+                for i in range(R):
+                    pull += ahead[i] * alpha[i]
+                for j in range(C):
+                    sums[j] = pull * h[j]
+                for i in range(R):
+                    weight = ahead[i] * rho[i]
+                    for j in range(C):
+                        sums[j] += weight * s[i * C + j]
+            if DECODES:
+                across(sums)
+                for j in range(OWN):
+                    parts[to + j] = sums[j]
+            for i in range(R):
+                kk[i] = ahead[i]
+            if not GATED:
+                for i in range(R):
+                    for j in range(C):
+                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
+
+            if READS:
+                for j in range(C):
+                    sums[j] = zero
+                for x in range(QUADS):
+                    four = quad(queries, (here * np.int32(KP) + row0 & FOURS) + 4 * x)
+                    for i in range(4):
+                        weight = four[i] if READ_NORM else four[i] * norm[4 * x + i]
+                        for j in range(C):
+                            sums[j] += weight * s[(4 * x + i) * C + j]
+                for i in range(4 * QUADS, R):
+                    weight = queries[(here * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+                    weight = weight if READ_NORM else weight * norm[i]
+                    for j in range(C):
+                        sums[j] += weight * s[i * C + j]
+                across(sums)
+                to = (np.int32(t) & np.int32(OUTS - 1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
+                for j in range(OWN):
+                    outs[to + j] = sums[j]
+            if not GATED:
+                for i in range(R):
+                    size = zero
+                    for j in range(C):
+                        size += s[i * C + j] * s[i * C + j]
+                    r[i] = along(size)
+            cuda.syncthreads()
+
+            if READS and ((np.int32(t) & np.int32(TOGETHER - 1)) == TOGETHER - 1 or t == length - 1):
+                begun = t - (np.int32(t) & np.int32(TOGETHER - 1))
+                for i in range(SOME_Y):
+                    at = np.int32(i * THREADS) + thread
+                    token, column = at // np.int32(VP), at % np.int32(VP)
+                    if begun + token <= t and column < V:
+                        at = (np.int32(begun + token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
+                        total = zero
+                        for x in range(W):
+                            total += outs[at + x * np.int32(VP)]
+                        total = gain * total if real_slot else zero
+                        write(y, y_at + (begun + token) * heads * V + column, total)
+            if MARKS:
+                until_mark -= 1
+                if until_mark == 0:
+                    until_mark = every
+                    for i in range(R):
+                        for j in range(C):
+                            row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                            if row < K and column < V:
+                                write_mark(checkpoints, ((mark * heads + head) * K + row) * V + column, s[i * C + j])
+                    mark += 1
+
+        if STORES and real_slot and goes >= 0:
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < V:
+                        at = goes * final_n + head * final_h + row * final_k + column * final_v
+                        write_target(final, at, s[i * C + j])
+
+    return kernel
