@@ -3,7 +3,7 @@
     fold(8, 0, 2)(array)          sums of 8 numbers over lanes that differ in bits 0 and 1: each of the four keeps two of
                                   them, at the front of the array: bit 0 chooses the half, bit 1 the half of that
     any_lane(flag)                whether any lane of the warp says so
-    rsqrt(x), cospi(x)            1/√x; the cosine of πx, of a float64
+    rsqrt(x)                      1/√x
     read_four(real)(address, i)   four neighbours of global memory, i a multiple of 4 and 16 bytes for each; write_four
 
 A fold of n numbers costs n − 1 exchanges where n sums would cost n a bit. Each name has a twin for the simulator.
@@ -113,10 +113,6 @@ if SIMULATED:
         """In the dtype of x."""
         return type(x)(1) / np.sqrt(x)
 
-    def cospi(x):
-        """See the module."""
-        return np.cos(np.pi * x)
-
     @functools.cache
     def read_four(real):
         """See the module."""
@@ -167,17 +163,6 @@ else:
             return builder.fdiv(ir.Constant(kind, 1), found) if double else found
 
         return x(x), emit
-
-    @intrinsic
-    def cospi(typing_context, x):
-        """See the module."""
-
-        def emit(context, builder, signature, values):
-            kind = ir.DoubleType()
-            function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), "__nv_cospi")
-            return builder.call(function, values)
-
-        return types.float64(types.float64), emit
 
     def _four(builder, address, index, real):
         """A vector of global memory."""

@@ -11,7 +11,8 @@ The chain from token to token is a, then n, then the next token's prediction, wh
 
     S'ᵀk' = Σ_i (k'_i ρ_i) s_i + (Σ_i k'_i α_i) h
 
-so that turning the slots, reading them and measuring r wait for nobody. r is measured anew at every token: that keeps
+so that turning the slots, reading them and measuring r wait for nobody: they are done while the next token's sums are
+on their way. r is measured anew at every token: that keeps
 norms right. Where the terms of n² cancel, ‖s̃‖² is measured itself, and always so where a decay may leave little of a
 slot; then coefficients are first divided by max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values
 that only fill a tile up are unit vectors that no key reaches.
@@ -62,7 +63,6 @@ def build(
     ALL_PARTS, ALL_OUTS = 2 * W * VP, OUTS * W * VP if reads else 4
     SOME_K, SOME_V, SOME_B = -(-tile * KP // THREADS), -(-tile * VP // THREADS), -(-tile * BP // THREADS)
     SOME_Y = -(-together * VP // THREADS)
-    AHEAD = tile - 2
     number = np.dtype(real).type
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
     FOURS = np.int32(_OFFSETS & -4)
@@ -74,7 +74,7 @@ def build(
     write_target, write_mark = store(target or real), store(marks or real)
     read_slot, read_out_slot, read_fresh = load(slots or "int32"), load(out_slots or "int32"), load(fresh or "bool")
     read_offset = load("int64")
-    direction = first_direction(K, V, real)
+    direction = first_direction(K, V)
 
     def kernel(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h, beta_d,
@@ -118,22 +118,29 @@ def build(
         s = cuda.local.array(CELLS, number)
         r = cuda.local.array(R, number)
         for i in range(R):
+            for j in range(C):
+                s[i * C + j] = one if row0 + i >= K and column0 + j == 0 else zero
+        if begins:
+            from_first = n * initial_n + head * initial_h
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < V:
+                        s[i * C + j] = number(read_first(initial, from_first + row * initial_k + column * initial_v))
+        elif real_slot:
+            from_origin = came * origin_n + head * origin_h
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < V:
+                        s[i * C + j] = number(read_source(origin, from_origin + row * origin_k + column * origin_v))
+        for i in range(R):
             size = zero
             for j in range(C):
-                row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
-                found = one if row >= K and column == 0 else zero
-                if row < K and column < V:
-                    if begins:
-                        at = n * initial_n + head * initial_h + row * initial_k + column * initial_v
-                        found = number(read_first(initial, at))
-                    elif real_slot:
-                        at = came * origin_n + head * origin_h + row * origin_k + column * origin_v
-                        found = number(read_source(origin, at))
-                s[i * C + j] = found
-                size += abs(found)
+                size += abs(s[i * C + j])
             if along(size) == zero and length > 0:
                 for j in range(C):
-                    s[i * C + j] = direction(row0 + i, j // 4 * 4 * L + column0 + j % 4)
+                    s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4))
             size = zero
             for j in range(C):
                 size += s[i * C + j] * s[i * C + j]
@@ -163,45 +170,50 @@ def build(
         some_b = cuda.local.array(SOME_B, number)
         some_g = one
         a = cuda.local.array(R, number)
-        c = cuda.local.array(R, number)
         rho = cuda.local.array(R, number)
         alpha = cuda.local.array(R, number)
         norm = cuda.local.array(R, number)
         kk = cuda.local.array(R, number)
         ahead = cuda.local.array(R, number)
         h = cuda.local.array(C, number)
+        fresh_h = cuda.local.array(C, number)
         sums = cuda.local.array(C, number)
 
-        for t in range(-tile, length):
+        for i in range(R):
+            rho[i], alpha[i], norm[i] = one, zero, one
+        for j in range(C):
+            h[j] = zero
+
+        # One token more than there are: it finds nothing, and what the last one left to be done is done.
+        for t in range(-tile, length + 1):
             u = np.int32(t) & np.int32(tile - 1)
             here, then = np.int32(t) & np.int32(RING - 1), np.int32(t + 1) & np.int32(RING - 1)
+            cuda.syncthreads()
             first_ahead = t + tile - u
             if u == 0:
                 # The next tile: from memory to registers.
                 for i in range(SOME_K):
                     at = np.int32(i * THREADS) + thread
-                    at, row = np.int64(at // np.int32(KP)), at % np.int32(KP)
-                    inside = first_ahead + at < length and row < K and at < tile
-                    at += first_ahead
-                    some_k[i] = number(read(k, k_at + at * k_t + row * k_d)) if inside else zero
-                    some_q[i] = number(read(q, q_at + at * q_t + row * q_d)) if READS and inside else zero
+                    token, row = first_ahead + at // np.int32(KP), at % np.int32(KP)
+                    inside = token < length and row < K and at < tile * KP
+                    some_k[i] = number(read(k, k_at + token * k_t + row * k_d)) if inside else zero
+                    some_q[i] = number(read(q, q_at + token * q_t + row * q_d)) if READS and inside else zero
                 for i in range(SOME_V):
                     at = np.int32(i * THREADS) + thread
-                    at, column = np.int64(at // np.int32(VP)), at % np.int32(VP)
-                    inside = first_ahead + at < length and column < V and at < tile
-                    some_v[i] = number(read(v, v_at + (first_ahead + at) * v_t + column * v_d)) if inside else zero
+                    token, column = first_ahead + at // np.int32(VP), at % np.int32(VP)
+                    inside = token < length and column < V and at < tile * VP
+                    some_v[i] = number(read(v, v_at + token * v_t + column * v_d)) if inside else zero
                 for i in range(SOME_B):
                     at = np.int32(i * THREADS) + thread
-                    at, row = np.int64(at // np.int32(BP)), at % np.int32(BP)
-                    inside = first_ahead + at < length and row < K and at < tile
-                    at = beta_at + (first_ahead + at) * beta_t + row * beta_d
-                    some_b[i] = number(read_beta(beta, at)) if inside else zero
+                    token, row = first_ahead + at // np.int32(BP), at % np.int32(BP)
+                    inside = token < length and row < K and at < tile * BP
+                    some_b[i] = number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero
                 if GATED:
                     some_g = one
                     if thread < tile and first_ahead + thread < length:
                         some_g = number(math.exp(number(read_decay(g, g_at + (first_ahead + thread) * g_t))))
-            if u == AHEAD:
-                # From registers to shared memory, before the barrier of the last token but one.
+            elif u == tile - 2:
+                # From registers to shared memory, a barrier before the first is read.
                 to = np.int32(first_ahead) & np.int32(RING - 1)
                 for i in range(SOME_K):
                     at = np.int32(i * THREADS) + thread
@@ -219,17 +231,22 @@ def build(
                         betas[to * np.int32(BP) + at] = some_b[i]
                 if GATED and thread < tile:
                     fades[to + thread] = some_g
+            if READS and (u == 1 or TOGETHER < tile) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
+                # Reads that every warp has left its part of.
+                for i in range(SOME_Y):
+                    at = np.int32(i * THREADS) + thread
+                    token, column = t - 1 - TOGETHER + at // np.int32(VP), at % np.int32(VP)
+                    if token >= 0 and token < t - 1 and column < V:
+                        at = (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
+                        total = zero
+                        for x in range(W):
+                            total += outs[at + x * np.int32(VP)]
+                        write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
+
             if t < 0:
-                # Nothing but the first tile is there to be done, and the first prediction.
-                if u == AHEAD:
-                    cuda.syncthreads()
-                if u == tile - 1:
-                    for x in range(QUADS):
-                        four = quad(keys, (then * np.int32(KP) + row0 & FOURS) + 4 * x)
-                        for i in range(4):
-                            kk[4 * x + i] = four[i]
-                    for i in range(4 * QUADS, R):
-                        kk[i] = keys[(then * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+                if t == -1:
+                    for i in range(R):
+                        kk[i] = keys[row0 + i]
                     if DECODES:
                         for j in range(C):
                             sums[j] = zero
@@ -237,12 +254,64 @@ def build(
                             for j in range(C):
                                 sums[j] += kk[i] * s[i * C + j]
                         across(sums)
-                        at = warp * np.int32(VP) + mine & MINE
                         for j in range(OWN):
-                            parts[at + j] = sums[j]
-                    cuda.syncthreads()
+                            parts[warp * np.int32(VP) + mine + j] = sums[j]
                 continue
 
+            # The values of this token, and what is left of them where the slots predict.
+            at = here * np.int32(VP) + column0 & FOURS
+            for x in range(WIDE):
+                four = quad(values, at + 4 * L * x)
+                for i in range(4):
+                    fresh_h[4 * x + i] = four[i]
+            if DECODES:
+                at = (np.int32(t) & np.int32(1)) * np.int32(W * VP) + column0 & FOURS
+                for x in range(WIDE * W):
+                    four = quad(parts, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                    for i in range(4):
+                        fresh_h[4 * (x % WIDE) + i] -= four[i]
+
+            # What the last token left to be done: turn the slots, measure and read them.
+            if not GATED:
+                for i in range(R):
+                    for j in range(C):
+                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                for i in range(R):
+                    size = zero
+                    for j in range(C):
+                        size += s[i * C + j] * s[i * C + j]
+                    r[i] = along(size)
+            if READS:
+                before = np.int32(t - 1) & np.int32(RING - 1)
+                for j in range(C):
+                    sums[j] = zero
+                for x in range(QUADS):
+                    four = quad(queries, (before * np.int32(KP) + row0 & FOURS) + 4 * x)
+                    for i in range(4):
+                        weight = four[i] if READ_NORM else four[i] * norm[4 * x + i]
+                        for j in range(C):
+                            sums[j] += weight * s[(4 * x + i) * C + j]
+                for i in range(4 * QUADS, R):
+                    weight = queries[(before * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+                    weight = weight if READ_NORM else weight * norm[i]
+                    for j in range(C):
+                        sums[j] += weight * s[i * C + j]
+                across(sums)
+                to = (np.int32(t - 1) & np.int32(OUTS - 1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
+                for j in range(OWN):
+                    outs[to + j] = sums[j]
+            if MARKS and t > 0:
+                until_mark -= 1
+                if until_mark == 0:
+                    until_mark = every
+                    for i in range(R):
+                        for j in range(C):
+                            row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                            if row < K and column < V:
+                                write_mark(checkpoints, ((mark * heads + head) * K + row) * V + column, s[i * C + j])
+                    mark += 1
+            if t == length and (GATED or KEEPS):
+                break
             if KEEPS:
                 if until_keep == 0:
                     for e in range(CELLS // 4):
@@ -252,27 +321,24 @@ def build(
                     until_keep = spacing
                 until_keep -= 1
 
-            # h, and what every slot has of it.
-            at = here * np.int32(VP) + column0 & FOURS
-            for x in range(WIDE):
-                four = quad(values, at + 4 * L * x)
+            # The next token's key.
+            for x in range(QUADS):
+                four = quad(keys, (then * np.int32(KP) + row0 & FOURS) + 4 * x)
                 for i in range(4):
-                    h[4 * x + i] = four[i]
-            if DECODES:
-                at = (np.int32(t) & np.int32(1)) * np.int32(W * VP) + column0 & FOURS
-                for x in range(WIDE * W):
-                    four = quad(parts, at + x // WIDE * VP + 4 * L * (x % WIDE))
-                    for i in range(4):
-                        h[4 * (x % WIDE) + i] -= four[i]
+                    ahead[4 * x + i] = four[i]
+            for i in range(4 * QUADS, R):
+                ahead[i] = keys[(then * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+
+            # What every slot has of h.
             hh = zero
             for j in range(C):
+                h[j] = fresh_h[j]
                 hh += h[j] * h[j]
             for i in range(R):
-                a[i] = zero
+                total = zero
                 for j in range(C):
-                    a[i] += s[i * C + j] * h[j]
-            for i in range(R):
-                a[i] = along(a[i])
+                    total += s[i * C + j] * h[j]
+                a[i] = along(total)
             hh = along(hh)
 
             mu = fades[here] if GATED else one
@@ -281,19 +347,19 @@ def build(
             for i in range(R):
                 if PER_SLOT:
                     strength = betas[(here * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
-                c[i] = strength * (kk[i] - a[i] if ENCODES else kk[i])
-                x = c[i] * a[i]
+                c = strength * (kk[i] - a[i] if ENCODES else kk[i])
+                x = c * a[i]
                 w = mu - x
                 if GATED:
-                    largest = max(abs(w), abs(c[i]) * number(math.sqrt(hh)))
+                    largest = max(abs(w), abs(c) * number(math.sqrt(hh)))
                     over = one / largest if largest > zero else zero
-                    rho[i], alpha[i], norm[i] = w * over, c[i] * over, largest
+                    rho[i], alpha[i], norm[i] = w * over, c * over, largest
                 else:
-                    turned, pulled = w * w * r[i], c[i] * c[i] * hh
+                    turned, pulled = w * w * r[i], c * c * hh
                     square = turned + two * w * x + pulled
                     careful = careful or turned + pulled > many * square
                     over = rsqrt(square)
-                    rho[i], alpha[i], norm[i] = w * over, c[i] * over, square * over
+                    rho[i], alpha[i], norm[i] = w * over, c * over, square * over
             if GATED or any_lane(careful):
                 for i in range(R):
                     size = zero
@@ -305,14 +371,6 @@ def build(
                     rho[i] *= over
                     alpha[i] *= over
                     norm[i] *= size * over
-
-            for x in range(QUADS):
-                four = quad(keys, (then * np.int32(KP) + row0 & FOURS) + 4 * x)
-                for i in range(4):
-                    ahead[4 * x + i] = four[i]
-            for i in range(4 * QUADS, R):
-                ahead[i] = keys[(then * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
-            to = (np.int32(t + 1) & np.int32(1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
             if GATED:
                 # Nothing may be left of a slot, and its first direction stands in.
                 for i in range(R):
@@ -320,81 +378,44 @@ def build(
                         s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
                     if norm[i] == zero:
                         for j in range(C):
-                            s[i * C + j] = direction(row0 + i, j // 4 * 4 * L + column0 + j % 4)
-                for j in range(C):
-                    sums[j] = zero
-                for i in range(R):
-                    for j in range(C):
-                        sums[j] += ahead[i] * s[i * C + j]
-            elif DECODES:
-                pull = zero
-                for i in range(R):
-                    pull += ahead[i] * alpha[i]
-                for j in range(C):
-                    sums[j] = pull * h[j]
-                for i in range(R):
-                    weight = ahead[i] * rho[i]
-                    for j in range(C):
-                        sums[j] += weight * s[i * C + j]
+                            s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4))
+
+            # What the slots, once turned, predict of the next token.
             if DECODES:
+                if GATED:
+                    for j in range(C):
+                        sums[j] = zero
+                    for i in range(R):
+                        for j in range(C):
+                            sums[j] += ahead[i] * s[i * C + j]
+                else:
+                    pull = zero
+                    for i in range(R):
+                        pull += ahead[i] * alpha[i]
+                    for j in range(C):
+                        sums[j] = pull * h[j]
+                    for i in range(R):
+                        weight = ahead[i] * rho[i]
+                        for j in range(C):
+                            sums[j] += weight * s[i * C + j]
                 across(sums)
+                to = (np.int32(t + 1) & np.int32(1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
                 for j in range(OWN):
                     parts[to + j] = sums[j]
             for i in range(R):
                 kk[i] = ahead[i]
-            if not GATED:
-                for i in range(R):
-                    for j in range(C):
-                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
 
-            if READS:
-                for j in range(C):
-                    sums[j] = zero
-                for x in range(QUADS):
-                    four = quad(queries, (here * np.int32(KP) + row0 & FOURS) + 4 * x)
-                    for i in range(4):
-                        weight = four[i] if READ_NORM else four[i] * norm[4 * x + i]
-                        for j in range(C):
-                            sums[j] += weight * s[(4 * x + i) * C + j]
-                for i in range(4 * QUADS, R):
-                    weight = queries[(here * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
-                    weight = weight if READ_NORM else weight * norm[i]
-                    for j in range(C):
-                        sums[j] += weight * s[i * C + j]
-                across(sums)
-                to = (np.int32(t) & np.int32(OUTS - 1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
-                for j in range(OWN):
-                    outs[to + j] = sums[j]
-            if not GATED:
-                for i in range(R):
-                    size = zero
-                    for j in range(C):
-                        size += s[i * C + j] * s[i * C + j]
-                    r[i] = along(size)
+        if READS:
             cuda.syncthreads()
-
-            if READS and ((np.int32(t) & np.int32(TOGETHER - 1)) == TOGETHER - 1 or t == length - 1):
-                begun = t - (np.int32(t) & np.int32(TOGETHER - 1))
-                for i in range(SOME_Y):
-                    at = np.int32(i * THREADS) + thread
-                    token, column = at // np.int32(VP), at % np.int32(VP)
-                    if begun + token <= t and column < V:
-                        at = (np.int32(begun + token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
-                        total = zero
-                        for x in range(W):
-                            total += outs[at + x * np.int32(VP)]
-                        total = gain * total if real_slot else zero
-                        write(y, y_at + (begun + token) * heads * V + column, total)
-            if MARKS:
-                until_mark -= 1
-                if until_mark == 0:
-                    until_mark = every
-                    for i in range(R):
-                        for j in range(C):
-                            row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
-                            if row < K and column < V:
-                                write_mark(checkpoints, ((mark * heads + head) * K + row) * V + column, s[i * C + j])
-                    mark += 1
+            for i in range(SOME_Y):
+                at = np.int32(i * THREADS) + thread
+                token, column = length - TOGETHER + at // np.int32(VP), at % np.int32(VP)
+                if token >= 0 and token < length and column < V:
+                    at = (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
+                    total = zero
+                    for x in range(W):
+                        total += outs[at + x * np.int32(VP)]
+                    write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
 
         if STORES and real_slot and goes >= 0:
             for i in range(R):
