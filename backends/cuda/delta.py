@@ -8,6 +8,7 @@ A configuration lays one head's state over threads: ``lanes`` share a column, ea
 has ``columns`` columns, a block ``warps`` warps; ``tile`` tokens at a time come through shared memory.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from mixers.backend import Config, Pool, Support
@@ -15,7 +16,7 @@ from mixers.linear import read_scale
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from .arrays import kind, place
+from .arrays import SIZES, empty, kind, place
 from .device import WARP
 from .kernel import PROCESSORS, CudaKernel, blank_unused
 from .program import Constants, Program, constants
@@ -25,7 +26,16 @@ MIXERS = frozenset({"linear_attention", "ssd", "gla", "delta_rule", "gated_delta
 # Rows of a column, and the largest tile of state that a thread holds in registers.
 WIDEST, MOST_CELLS = 256, 64
 
-FORWARD = Program("delta_forward")
+# Widths are rounded up to so many channels, so that few kernels serve all of them.
+GRANULE = WARP
+
+# Registers of states between two that are kept, and tokens and bytes of shared memory of a segment of the backward.
+MOST_HELD, SEGMENTS, MOST_SHARED = 64, (32, 16, 8, 4), 200 * 1024
+
+# Bytes of shared memory that a block has without asking.
+STATIC_SHARED = 48 * 1024
+
+FORWARD, BACKWARD, GATHER = Program("delta_forward"), Program("delta_backward"), Program("delta_gather")
 
 
 def decay_axes(problem: Problem) -> int:
@@ -34,14 +44,34 @@ def decay_axes(problem: Problem) -> int:
     return 0 if layout is None else 2 if layout.endswith("K") else 1
 
 
-def layout(key_dim: int, value_dim: int, lanes: int, columns: int, warps: int, tile: int) -> dict[str, int] | None:
-    """A configuration with these lanes, None where a thread would hold more than it can."""
-    rows = 4 * -(-key_dim // (4 * lanes))
-    if rows * columns > MOST_CELLS or (lanes > 1 and rows * (lanes // 2) >= key_dim):
+def norm(problem: Problem) -> int:
+    """1 where q and k are divided by their length first."""
+    return int(problem.option.get("qk_l2norm", False))
+
+
+def layout(problem: Problem, lanes: int, columns: int, warps: int) -> dict[str, int] | None:
+    """A configuration with these lanes, None where a thread would hold more than it can, or nothing."""
+    _, _, key_dim, value_dim = problem.widths
+    granule = max(GRANULE, 4 * lanes)
+    rows = -(-key_dim // granule) * granule // lanes
+    if rows * columns > most_cells(problem) or (lanes > 1 and rows == 4 and 2 * lanes >= key_dim):
         return None
-    wide = WARP // lanes * columns
-    warps = min(warps, -(-value_dim // wide))
-    return {"lanes": lanes, "rows": rows, "columns": columns, "warps": warps, "tile": tile}
+    warps = min(warps, 1 << (-(-value_dim // (WARP // lanes * columns)) - 1).bit_length())
+    shape = {"lanes": lanes, "rows": rows, "columns": columns, "warps": warps}
+    return shape | {"tile": 1 if problem.single else tile(problem, shape)}
+
+
+def most_cells(problem: Problem) -> int:
+    """How much of a state a thread holds in registers."""
+    return MOST_CELLS // 2 if problem.dtype == "float64" else MOST_CELLS
+
+
+def tile(problem: Problem, shape: Mapping[str, int]) -> int:
+    """Tokens that come to shared memory at a time: as many as fit it three times over, 8 at most."""
+    block = shape["warps"] * WARP // shape["lanes"] * shape["columns"]
+    rows = (3 if decay_axes(problem) == 2 else 2) * shape["lanes"] * shape["rows"]
+    fit = STATIC_SHARED // (3 * (rows + block + 2) * SIZES[problem.compute_dtype])
+    return max(1, min(fit, 8, shape["warps"] * WARP))
 
 
 class DeltaRecurrent(CudaKernel):
@@ -63,27 +93,10 @@ class DeltaRecurrent(CudaKernel):
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Few lanes a column where there are sequences enough to fill a GPU, more of them where there are not."""
-        _, _, key_dim, value_dim = problem.widths
-        tile = 1 if problem.single else 8
-        if WARP < 32:
-            found = [layout(key_dim, value_dim, lanes, 1, 1, min(tile, 4)) for lanes in (2, 1, 4)]
-            return tuple(c for c in found if c) or (
-                {"lanes": 4, "rows": 4 * -(-key_dim // 16), "columns": 1, "warps": 1, "tile": min(tile, 4)},
-            )
-        found = [
-            layout(key_dim, value_dim, lanes, columns, 4, tile) for lanes in (1, 2, 4, 8, 16, 32) for columns in (1, 2)
-        ]
-        fits = [c for c in found if c and (problem.dtype != "float64" or c["rows"] * c["columns"] <= MOST_CELLS // 2)]
-        columns = problem.parallel * value_dim
-
-        def rate(c: dict[str, int]) -> float:
-            """Time of a token: the chain of one warp, or the work of all, whichever is longer."""
-            cells = c["rows"] * c["columns"]
-            work = 3 * cells + c["rows"] + 10 * c["columns"] * c["lanes"].bit_length() + 20
-            warps = columns * c["lanes"] / (WARP * c["columns"])
-            return max(work * 1.5 + 30 * c["lanes"].bit_length(), work * warps / (4 * PROCESSORS))
-
-        return tuple(sorted(fits, key=rate))
+        lanes, columns = ((1, 2, 4, 8, 16, 32), (1, 2)) if WARP == 32 else ((2, 1, 4), (1,))
+        found = [layout(problem, some, few, 4 if WARP == 32 else 1) for some in lanes for few in columns]
+        fits = [c for c in found if c]
+        return tuple(sorted(fits, key=lambda c: cost(problem, c)) if WARP == 32 else fits)
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""
@@ -103,24 +116,27 @@ class DeltaRecurrent(CudaKernel):
         run_forward(problem, config, x, pool.arrays[0], pool.arrays[0], y=y, pool=pool)
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
-        """Fill the gradients."""
-        raise NotImplementedError
+        """Fill the gradients: the forward again, which leaves states and errors, then its adjoint, token by token."""
+        run_backward(problem, backward_layout(problem), x, dout, dx)
+
+
+def cost(problem: Problem, config: Config) -> float:
+    """About how long a token takes: the chain of one warp, or the work of all of them, whichever is longer."""
+    cells, steps = config["rows"] * config["columns"], config["lanes"].bit_length()
+    work = 3 * cells + config["rows"] + 10 * config["columns"] * steps + 20
+    warps = problem.parallel * problem.widths[3] * config["lanes"] / (WARP * config["columns"])
+    return max(1.5 * work + 30 * steps, work * warps / (4 * PROCESSORS))
 
 
 def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
     """The constants that a forward and a backward share."""
-    s = problem.sizes
     return {
-        "K": s.K,
-        "V": s.V,
         **config,
         "real": problem.compute_dtype,
         "kind": problem.dtype,
         "beta": kind(x.get("beta")),
         "decay": decay_axes(problem),
-        "decay_kind": kind(x.get("log_decay")),
-        "norm": problem.option.get("qk_l2norm", False),
-        "packed": problem.packed,
+        "decay_kind": kind(x.get("log_decay")) or problem.compute_dtype,
     }
 
 
@@ -139,18 +155,18 @@ def run_forward(
     spacing: int = 0,
 ) -> None:
     """Queue the forward: from the states ``origin`` to ``final``, filling what else is given."""
-    s = problem.sizes
+    s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
     chosen: Constants = constants(
         shape_of(problem, config, x)
         | {
             "first": kind(x["initial.state"]),
             "source": kind(origin),
-            "target": kind(final),
-            "marks": kind(checkpoints),
-            "slots": kind(slots),
-            "out_slots": kind(out_slots),
-            "fresh": kind(fresh),
+            "target": kind(final) or real,
+            "marks": kind(checkpoints) or real,
+            "slots": kind(slots) or "int32",
+            "out_slots": kind(out_slots) or "int32",
+            "fresh": kind(fresh) or "bool",
             "reads": y is not None,
             "keeps": kept is not None,
         }
@@ -160,11 +176,117 @@ def run_forward(
         *place(x.get("log_decay"), 4),
         *place(x["initial.state"], 4), *place(origin, 4), *place(final, 4), *place(y, 0), *place(checkpoints, 0),
         *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
-        *place(errors, 0), s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
+        *place(errors, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G, norm(problem),
     )  # fmt: skip
     blocks = s.N * s.H * parts(problem, config)
     reals = (read_scale(problem.option, s.K),)
     FORWARD(x["q"], chosen, blocks, config["warps"] * WARP, numbers, reals)
+
+
+def backward_layout(problem: Problem) -> dict[str, int]:
+    """How the backward lays out a head: few numbers a thread, for it holds several states; few blocks a head."""
+    _, _, key_dim, value_dim = problem.widths
+    widest = 8 if WARP == 32 else 4
+    padded = max(GRANULE, 1 << (key_dim - 1).bit_length())
+    lanes = min(WARP, max(WARP // 8, padded // widest))
+    rows = max(4, padded // lanes)
+    bytes_each = 8 if problem.compute_dtype == "float64" else 4
+    columns = 2 if WARP == 32 and rows * 2 <= 16 * 4 // bytes_each and value_dim > 1 else 1
+    hold = max(1, min(4, MOST_HELD * 4 // bytes_each // (rows * columns)))
+    wide = WARP // lanes * columns
+    most = min(8 if WARP == 32 else 1, 1 << (-(-value_dim // wide) - 1).bit_length())
+    decay = decay_axes(problem)
+    for spacing in SEGMENTS:
+        for warps in (most, min(most, 4)):
+            shape = {"lanes": lanes, "rows": rows, "columns": columns, "warps": warps}
+            numbers = shared_numbers(**shape, spacing=spacing, hold=hold, decay=decay)
+            if numbers * bytes_each <= MOST_SHARED:
+                return shape | {"hold": hold, "spacing": spacing}
+    raise ValueError(f"no layout of the backward fits K = {key_dim} in {problem.dtype}")
+
+
+def shared_numbers(*, lanes: int, rows: int, columns: int, warps: int, spacing: int, hold: int, decay: int) -> int:
+    """How many numbers of shared memory a block of the backward takes: a segment's tokens, and sums over warps."""
+    padded, block = lanes * rows, warps * WARP // lanes * columns
+    rows_each = 3 if decay == 2 else 2
+    return spacing * (rows_each * padded + 2 * block + 2) + warps * hold * (rows_each * padded + 2)
+
+
+def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Arrays, dx: Arrays) -> None:
+    """Queue the backward."""
+    s, real, q = problem.sizes, problem.compute_dtype, x["q"]
+    delta, decay = x.get("beta") is not None, decay_axes(problem)
+    hold, spacing = shape["hold"], shape["spacing"]
+    shape = {n: shape[n] for n in ("lanes", "rows", "columns", "warps")}
+    blocks, threads = parts(problem, shape), shape["warps"] * WARP
+    cells = threads * shape["rows"] * shape["columns"]
+    all_tokens = s.B * s.T
+    kept = empty(((all_tokens // spacing + s.N) * s.H * blocks * cells,), real, q)
+    errors = empty((all_tokens, s.H, s.V) if delta else (0,), real, q)
+    scratch = empty((s.N * s.H * blocks * (spacing // hold) * cells,), real, q)
+    run_forward(
+        problem,
+        shape | {"tile": tile(problem, shape)},
+        x,
+        x["initial.state"],
+        None,
+        kept=kept,
+        errors=errors,
+        spacing=spacing,
+    )
+
+    # A gradient that no other block has a part of is written where it goes; others are added up.
+    alone = blocks == 1 and s.G == s.H and not norm(problem)
+    rows = {name: dx[name] if alone else empty((blocks, all_tokens, s.H, s.K), real, q) for name in ("q", "k")}
+    gates = {"beta": "B T H", "log_decay": problem.layout("log_decay") or ""}
+    for name in gates:
+        if x.get(name) is not None:
+            width = (s.K,) if gates[name].endswith("K") else ()
+            rows[name] = dx[name] if blocks == 1 else empty((blocks, all_tokens, s.H, *width), real, q)
+    first, dy, final, marks = (
+        dx.get("initial.state"), dout.get("y"), dout.get("final.state"), dout.get("checkpoint.state")
+    )  # fmt: skip
+    chosen = constants(
+        shape_of(problem, shape, x)
+        | {
+            "hold": hold, "spacing": spacing, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real,
+            "dmarks": kind(marks) or real, "dinitial": kind(first) or real, "dq_kind": kind(rows["q"]),
+            "dk_kind": kind(rows["k"]), "dg_kind": kind(rows.get("log_decay")) or real,
+            "dbeta_kind": kind(rows.get("beta")) or real,
+        }
+    )  # fmt: skip
+    numbers = (
+        *place(q, 4), *place(x["k"], 4), *place(x["v"], 4), *place(x.get("beta"), 3), *place(x.get("log_decay"), 4),
+        *place(dy, 4), *place(final, 4), *place(marks, 5), *place(rows["q"], 0), *place(rows["k"], 0),
+        *place(dx["v"], 0), *place(rows.get("beta"), 0), *place(rows.get("log_decay"), 0), *place(first, 0),
+        *place(x["offsets"], 0), *place(kept, 0), *place(errors, 0), *place(scratch, 0),
+        s.K, s.V, s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, all_tokens, norm(problem),
+    )  # fmt: skip
+    shared = shared_numbers(**shape, spacing=spacing, hold=hold, decay=decay) * SIZES[real]
+    BACKWARD(q, chosen, s.N * s.H * blocks, threads, numbers, (read_scale(problem.option, s.K),), shared)
+
+    for name in ("q", "k") if not alone else ():
+        gather(problem, rows[name], dx[name], blocks, x[name], (s.G, s.H // s.G, s.K), norm(problem))
+    for name in gates if blocks > 1 else ():
+        if name in rows:
+            axes = (s.H, 1, s.K) if gates[name].endswith("K") else (1, 1, s.H)
+            gather(problem, rows[name], dx[name], blocks, x[name], axes, 0)
+
+
+def gather(
+    problem: Problem, found: Array, dx: Array, count: int, x: Array, axes: tuple[int, int, int], norm: int
+) -> None:
+    """Queue the sum of ``count`` parts ``[B T, heads, group, width]`` over parts and group; ``axes`` are the last 3."""
+    s, warps = problem.sizes, 4 if WARP == 32 else 1
+    heads, group, width = axes
+    rows = s.B * s.T * heads
+    wide = -(-width // WARP)
+    chosen = constants({"wide": wide, "warps": warps, "real": kind(found), "kind": kind(x), "target": kind(dx)})
+    numbers = (
+        *place(found, 0), count, rows * group * width, *place(x, 4), *place(dx, 0), rows, s.T, heads, group, width,
+        norm,
+    )  # fmt: skip
+    GATHER(dx, chosen, -(-rows // warps), warps * WARP, numbers)
 
 
 def parts(problem: Problem, config: Config) -> int:

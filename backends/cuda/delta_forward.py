@@ -24,21 +24,21 @@ BUFFERS = 3
 
 
 def build(
-    *, K, V, lanes, rows, columns, warps, tile, real, kind, beta, decay, decay_kind, first, source, target, marks,
-    norm, packed, slots, out_slots, fresh, reads, keeps,
+    *, lanes, rows, columns, warps, tile, real, kind, beta, decay, decay_kind, first, source, target, marks, slots,
+    out_slots, fresh, reads, keeps,
 ):  # fmt: skip
     """The kernel.
 
     ``beta``, ``decay_kind``, ``first``, ``source``, ``target``, ``marks``, ``slots``, ``out_slots`` and ``fresh`` are
-    the dtypes of those arrays, empty where there is none; ``decay`` is 0, 1 for one a head, 2 for one a row. ``reads``:
-    fill ``y``. ``keeps``: leave states before every ``spacing``-th token, and ``e``, for a backward.
+    the dtypes of those arrays; ``beta`` is empty where there is none, and a null pointer says so of the others, so that
+    they never need another kernel. ``decay`` is 0, 1 for one a head, 2 for one a row. ``reads``: fill ``y``. ``keeps``:
+    leave states before every ``spacing``-th token, and ``e``, for a backward.
     """
     L, R, C, W, G = lanes, rows, columns, warps, WARP // lanes
     KP, BLOCK, THREADS = L * R, warps * G * columns, warps * WARP
     QUADS, CELLS = R // 4, R * C
-    ROUNDS, WIDE, DEEP = -(-tile // W), -(-K // WARP), -(-tile * BLOCK // THREADS)
-    DELTA, DECAY, NORM, PACKED, READS, KEEPS = beta != "", decay, norm, packed, reads, keeps
-    POOL, FRESH, STORES, MARKS = slots != "", fresh != "", target != "", marks != ""
+    ROUNDS, WIDE, DEEP = -(-tile // W), -(-KP // WARP), -(-tile * BLOCK // THREADS)
+    DELTA, DECAY, READS, KEEPS = beta != "", decay, reads, keeps
     ROWS, PIECES = tile * KP, ROUNDS * WIDE
     ALL_ROWS, ALL_VALUES, ALL_TOKENS = BUFFERS * ROWS, BUFFERS * tile * BLOCK, BUFFERS * tile
     ALL_FADES = ALL_ROWS if decay == 2 else 4
@@ -48,9 +48,9 @@ def build(
     across = sum_lanes(0, WARP.bit_length() - 1)
     read, write, write_real = load(kind), store(kind), store(real)
     read_beta, read_decay = load(beta or real), load(decay_kind or real)
-    read_first, read_source = load(first or real), load(source or real)
-    write_target, write_mark = store(target or real), store(marks or real)
-    read_slot, read_out_slot, read_fresh = load(slots or "int32"), load(out_slots or "int32"), load(fresh or "bool")
+    read_first, read_source = load(first), load(source)
+    write_target, write_mark = store(target), store(marks)
+    read_slot, read_out_slot, read_fresh = load(slots), load(out_slots), load(fresh)
     read_offset = load("int64")
 
     def kernel(
@@ -58,7 +58,7 @@ def build(
         g, g_b, g_t, g_h, g_d, initial, initial_n, initial_h, initial_k, initial_v,
         origin, origin_n, origin_h, origin_k, origin_v, final, final_n, final_h, final_k, final_v,
         y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, errors,
-        tokens, every, spacing, heads, group, scale: float,
+        K, V, tokens, every, spacing, heads, group, norm, scale: float,
     ):  # fmt: skip
         queries = cuda.shared.array(ALL_ROWS, number)
         keys = cuda.shared.array(ALL_ROWS, number)
@@ -77,17 +77,17 @@ def build(
         begin = part * BLOCK
 
         batch, start, length = n, np.int64(0), tokens
-        if PACKED:
+        if offsets != 0:
             batch, start = np.int64(0), read_offset(offsets, n)
             length = read_offset(offsets, n + 1) - start
 
         # The state.
         source, target = n, n
-        if POOL:
+        if slots != 0:
             source, target = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
         real_slot = source >= 0
         begins = False
-        if FRESH:
+        if fresh != 0:
             begins = read_fresh(fresh, n * fresh_n) != 0
         s = cuda.local.array(CELLS, number)
         for r in range(R):
@@ -112,9 +112,9 @@ def build(
         row_at = batch * tokens + start
         y_at = (row_at * heads + head) * V + begin
         mark = np.int64(0)
-        if MARKS:
+        if checkpoints != 0:
             mark = n * (tokens // every)
-            if PACKED:
+            if offsets != 0:
                 mark = np.int64(0)
                 for before in range(n):
                     mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
@@ -145,7 +145,7 @@ def build(
                 buffer = j % BUFFERS
                 for m in range(ROUNDS):
                     t = m * W + warp
-                    if NORM:
+                    if norm != 0:
                         norm_q, norm_k = zero, zero
                         for i in range(WIDE):
                             norm_q += some_q[m * WIDE + i] * some_q[m * WIDE + i]
@@ -157,13 +157,13 @@ def build(
                             some_k[m * WIDE + i] *= norm_k
                     if t < tile:
                         to = buffer * ROWS + t * KP
-                        for i in range(-(-KP // WARP)):
+                        for i in range(WIDE):
                             row = i * WARP + lane
                             if row < KP:
-                                queries[to + row] = some_q[m * WIDE + i] if i < WIDE else zero
-                                keys[to + row] = some_k[m * WIDE + i] if i < WIDE else zero
+                                queries[to + row] = some_q[m * WIDE + i]
+                                keys[to + row] = some_k[m * WIDE + i]
                                 if DECAY == 2:
-                                    fades[to + row] = some_d[m * WIDE + i] if i < WIDE else zero
+                                    fades[to + row] = some_d[m * WIDE + i]
                 for i in range(DEEP):
                     at = i * THREADS + thread
                     if at < tile * BLOCK:
@@ -290,7 +290,7 @@ def build(
                             if share == c % L and begin + c0 + c * G < V:
                                 answer = gain * out[c] if real_slot else zero
                                 write(y, y_at + token * heads * V + c0 + c * G, answer)
-                    if MARKS:
+                    if checkpoints != 0:
                         until_mark -= 1
                         if until_mark == 0:
                             until_mark = every
@@ -303,7 +303,7 @@ def build(
                                         write_mark(checkpoints, at, s[r * C + c])
                             mark += 1
 
-        if STORES and real_slot and target >= 0:
+        if final != 0 and real_slot and target >= 0:
             for r in range(R):
                 row = r // 4 * 4 * L + 4 * share + r % 4
                 for c in range(C):

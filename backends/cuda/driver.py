@@ -18,7 +18,7 @@ _NAMES = ("libcuda.so.1", "nvcuda.dll")
 # Numbers of cuda.h.
 _MAX_SHARED, _LOCAL_BYTES, _REGISTERS = 8, 3, 4
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
-_JIT_LOG, _JIT_LOG_BYTES, _JIT_ERRORS, _JIT_ERRORS_BYTES = 3, 4, 5, 6
+_JIT_THREADS, _JIT_ERRORS, _JIT_ERRORS_BYTES = 1, 5, 6
 _INPUT_PTX = 1
 _ARGUMENTS, _ARGUMENTS_BYTES = 1, 2
 _LOG_BYTES = 16384
@@ -84,18 +84,18 @@ def capability(device: int) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def assemble(ptx: str, device: int) -> bytes:
-    """Machine code for a device.
+def assemble(ptx: str, device: int, threads: int) -> bytes:
+    """Machine code for a device, with no more registers than a block of so many threads can have.
 
     Raises:
         RuntimeError: with the assembler's messages.
     """
     enter(device)
     errors = ctypes.create_string_buffer(_LOG_BYTES)
-    options = (ctypes.c_int * 2)(_JIT_ERRORS, _JIT_ERRORS_BYTES)
-    values = (ctypes.c_void_p * 2)(ctypes.addressof(errors), _LOG_BYTES)
+    options = (ctypes.c_int * 3)(_JIT_THREADS, _JIT_ERRORS, _JIT_ERRORS_BYTES)
+    values = (ctypes.c_void_p * 3)(threads, ctypes.addressof(errors), _LOG_BYTES)
     linker, code, size = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
-    _call("cuLinkCreate_v2", 2, options, values, ctypes.byref(linker))
+    _call("cuLinkCreate_v2", 3, options, values, ctypes.byref(linker))
     try:
         text = ptx.encode() + b"\0"
         _call("cuLinkAddData_v2", linker, _INPUT_PTX, text, ctypes.c_size_t(len(text)), None, 0, None, None)

@@ -97,6 +97,20 @@ def _from_lane(builder, value, flip):
 
 
 @functools.cache
+def other_lane(flip):
+    """``swap(value)``: the value of the lane whose number differs in the bits of ``flip``."""
+
+    @intrinsic
+    def swap(typing_context, value):
+        def emit(context, builder, signature, values):
+            return _from_lane(builder, values[0], flip)
+
+        return value(value), emit
+
+    return swap
+
+
+@functools.cache
 def sum_lanes(first, last):
     """``total(value)``: the sum over lanes whose numbers differ in bits ``first`` to ``last − 1``."""
 

@@ -73,7 +73,7 @@ class Program:
     def __init__(self, module: str, build: str = "build") -> None:
         """``module`` of this folder, and the name of its builder there."""
         self.module, self.build = module, build
-        self._functions: dict[tuple[tuple[int, int], Constants, int], driver.Function] = {}
+        self._functions: dict[tuple[tuple[int, int], Constants, int, int], driver.Function] = {}
 
     def __call__(
         self,
@@ -93,29 +93,29 @@ class Program:
             return
         device = device_of(like)
         driver.enter(device)
-        function = self.function(constants, device, shared)
+        function = self.function(constants, device, threads, shared)
         arguments = struct.pack(f"{len(numbers)}q{len(reals)}d", *numbers, *reals)
         function.launch(blocks, threads, shared, stream_of(like), arguments)
 
-    def function(self, constants: Constants, device: int, shared: int = 0) -> driver.Function:
+    def function(self, constants: Constants, device: int, threads: int, shared: int = 0) -> driver.Function:
         """The kernel, loaded; compiled where this machine has not seen it yet."""
         capability = driver.capability(device)
-        key = capability, constants, shared
+        key = capability, constants, threads, shared
         found = self._functions.get(key)
         if found is None:
-            found = self._functions[key] = driver.Function(self._code(constants, capability, device), ENTRY)
+            found = self._functions[key] = driver.Function(self._code(constants, capability, device, threads), ENTRY)
             if shared > 48 * 1024:
                 found.allow_shared(shared, device)
         return found
 
-    def _code(self, constants: Constants, capability: tuple[int, int], device: int) -> bytes:
+    def _code(self, constants: Constants, capability: tuple[int, int], device: int, threads: int) -> bytes:
         name = f"{self.module}.{self.build}"
-        digest = hashlib.sha256(repr((name, constants, capability)).encode()).hexdigest()[:20]
+        digest = hashlib.sha256(repr((name, constants, capability, threads)).encode()).hexdigest()[:20]
         file = folder() / f"{name}.{digest}.cubin"
         with contextlib.suppress(OSError):
             return file.read_bytes()
         log.info("compiling %s, once for this machine; kept in %s", name, folder())
-        code = driver.assemble(self.ptx(constants, capability), device)
+        code = driver.assemble(self.ptx(constants, capability), device, threads)
         part = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):  # a full disk costs a compilation next time, nothing more
             part.write_bytes(code)

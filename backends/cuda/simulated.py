@@ -58,18 +58,28 @@ _lanes = {}
 
 
 @functools.cache
+def other_lane(flip):
+    """See ``native.other_lane``: every lane leaves its number for the others."""
+
+    def swap(value):
+        thread = threading.current_thread()
+        _lanes[thread.threadIdx.x] = value
+        thread.syncthreads()
+        other = _lanes[thread.threadIdx.x ^ flip]
+        thread.syncthreads()
+        return other
+
+    return swap
+
+
+@functools.cache
 def sum_lanes(first, last):
-    """See ``native.sum_lanes``: every lane leaves its number for the others, and adds in the same order as they."""
+    """See ``native.sum_lanes``."""
+    swaps = [other_lane(1 << bit) for bit in range(first, last)]
 
     def total(value):
-        thread = threading.current_thread()
-        lane = thread.threadIdx.x
-        for bit in range(first, last):
-            _lanes[lane] = value
-            thread.syncthreads()
-            other = _lanes[lane ^ 1 << bit]
-            thread.syncthreads()
-            value = value + other
+        for swap in swaps:
+            value = value + swap(value)
         return value
 
     return total

@@ -1,28 +1,37 @@
 """``numba.cuda`` itself, and the little that it needs to be imported.
 
-numba-cuda up to 0.30.4 registers ``np.row_stack``, a second name of ``np.vstack`` that NumPy 2.5 removed, and cannot be
-imported under it. The name is lent while it is imported; a numba-cuda that does without it never asks.
+numba-cuda up to 0.30.4 registers ``np.row_stack``, a second name of ``np.vstack`` that NumPy 2.5 removed, and compiles
+nothing without it: the name comes back for it. It is asked for late, when the first kernel is compiled, so it stays.
 """
 
-import warnings
+import importlib.metadata
 
 import numpy as np
 
 from . import SIMULATED
 
-_lend = not hasattr(np, "row_stack")
-if _lend:
-    np.row_stack = np.vstack
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from numba import cuda
-    if SIMULATED:
-        intrinsic = None
-    else:
-        from numba.cuda.extending import intrinsic
-finally:
-    if _lend:
-        del np.row_stack
+LAST_TO_ASK = (0, 30, 4)
+
+
+def _lend_row_stack() -> None:
+    """Give NumPy the name, where NumPy has none and numba-cuda asks for it."""
+    if hasattr(np, "row_stack"):
+        return
+    try:
+        version = importlib.metadata.version("numba-cuda")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) <= LAST_TO_ASK:
+        np.row_stack = np.vstack  # type: ignore[attr-defined]
+
+
+_lend_row_stack()
+
+from numba import cuda  # noqa: E402
+
+if SIMULATED:
+    intrinsic = None
+else:
+    from numba.cuda.extending import intrinsic
 
 __all__ = ["cuda", "intrinsic"]
