@@ -12,13 +12,16 @@ from mixers.backend import Config, Pool, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from .arrays import kind, place
+from .arrays import SIZES, empty, kind, place
+from .delta import gather
 from .device import WARP
 from .kernel import CudaKernel, blank_unused
+from .lattice_backward import numbers as numbers_of
 from .lattice_slots import OBJECTIVES
 from .program import Program, constants
 
 FORWARD = Program("lattice_forward")
+BACKWARD = Program("lattice_backward")
 
 # Cells of a state that a thread holds in registers, by the number of warps in a block.
 MOST_CELLS = {4: 64, 8: 64, 16: 32} if WARP == 32 else {1: 1 << 20}
@@ -26,6 +29,10 @@ LANES = (8, 4, 16, 2) if WARP == 32 else (2,)
 
 # Bytes of shared memory that a kernel has without asking for more.
 SHARED = 48 * 1024
+
+# Tokens whose slots a backward computes again at a time, and the shared memory that they may take.
+SEGMENTS = (16, 8, 4)
+MOST_SHARED = 160 * 1024
 
 
 def layouts(problem: Problem) -> list[dict[str, int]]:
@@ -103,16 +110,14 @@ class LatticeRecurrent(CudaKernel):
         run_forward(problem, config, x, pool.arrays[0], pool.arrays[0], y=y, pool=pool)
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
-        """Fill the gradients."""
-        raise NotImplementedError
+        """Fill the gradients: the forward again, which leaves slots and sums, then its adjoint, token by token."""
+        run_backward(problem, x, dout, dx)
 
 
 def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
     """The constants that a forward and a backward share."""
-    s, option = problem.sizes, problem.option
+    option = problem.option
     return {
-        "K": s.K,
-        "V": s.V,
         **config,
         "objective": OBJECTIVES[option["objective"]],
         "read_norm": option["read_norm"],
@@ -120,15 +125,17 @@ def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
         "kind": problem.dtype,
         "beta": kind(x["beta"]),
         "per_slot": problem.layout("beta") == "B T H K",
-        "decay": kind(x.get("log_decay")),
-        "packed": problem.packed,
+        "gated": x.get("log_decay") is not None,
+        "decay": kind(x.get("log_decay")) or problem.compute_dtype,
+        "first": kind(x["initial.state"]),
     }
 
 
 def inputs_of(x: Arrays) -> tuple[int, ...]:
     """The inputs as numbers, for a forward and a backward."""
     return (
-        *place(x["q"], 4), *place(x["k"], 4), *place(x["v"], 4), *place(x["beta"], 4), *place(x.get("log_decay"), 3)
+        *place(x["q"], 4), *place(x["k"], 4), *place(x["v"], 4), *place(x["beta"], 4), *place(x.get("log_decay"), 3),
+        *place(x["initial.state"], 4),
     )  # fmt: skip
 
 
@@ -143,33 +150,80 @@ def run_forward(
     checkpoints: Array | None = None,
     pool: Pool | None = None,
     kept: Array | None = None,
+    measured: Array | None = None,
     spacing: int = 0,
 ) -> None:
     """Queue the forward: from the slots ``origin`` to ``final``, filling what else is given."""
-    s = problem.sizes
+    s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
     together = next(n for n in (4, 2, 1) if shared(problem, config, n) <= SHARED)
     chosen = constants(
         shape_of(problem, config, x)
         | {
             "together": together,
-            "first": kind(x["initial.state"]),
             "source": kind(origin),
-            "target": kind(final),
-            "marks": kind(checkpoints),
-            "slots": kind(slots),
-            "out_slots": kind(out_slots),
-            "fresh": kind(fresh),
+            "target": kind(final) or real,
+            "marked": checkpoints is not None,
+            "marks": kind(checkpoints) or real,
+            "slots": kind(slots) or "int32",
+            "out_slots": kind(out_slots) or "int32",
+            "fresh": kind(fresh) or "bool",
             "reads": y is not None,
             "keeps": kept is not None,
         }
     )
     numbers = (
-        *inputs_of(x), *place(x["initial.state"], 4), *place(origin, 4), *place(final, 4), *place(y, 0),
-        *place(checkpoints, 0), *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0),
-        *place(kept, 0), s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
+        *inputs_of(x), *place(origin, 4), *place(final, 4), *place(y, 0), *place(checkpoints, 0),
+        *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
+        *place(measured, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
     )  # fmt: skip
     FORWARD(x["q"], chosen, s.N * s.H, config["warps"] * WARP, numbers, (problem.option["scale"],))
+
+
+def backward_layout(problem: Problem) -> tuple[dict[str, int], int]:
+    """How the backward lays out a head, which it holds twice, and the tokens of a segment."""
+    double = problem.compute_dtype == "float64"
+    most = 16 if double else 32
+    found = layouts(problem)
+    config = next((c for c in found if c["rows"] * c["columns"] <= most), found[0])
+    shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
+    per_slot = problem.layout("beta") == "B T H K"
+    size = 8 if double else 4
+    segment = next(n for n in SEGMENTS if numbers_of(**shape, segment=n, per_slot=per_slot) * size <= MOST_SHARED)
+    return config, segment
+
+
+def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
+    """Queue the backward."""
+    s, real, q = problem.sizes, problem.compute_dtype, x["q"]
+    config, segment = backward_layout(problem)
+    shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
+    threads, heads, tokens = config["warps"] * WARP, s.N * s.H, s.B * s.T
+    cells = threads * config["rows"] * config["columns"]
+    kept = empty(((tokens // segment + s.N) * s.H * cells,), real, q)
+    measured = empty((tokens * s.H * (2 * s.K + s.V),), real, q)
+    scratch = empty((heads * segment * cells,), real, q)
+    run_forward(problem, config, x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
+
+    # Heads that share a key leave their parts of its gradient, to be added up.
+    rows = {name: dx[name] if s.G == s.H else empty((1, tokens, s.H, s.K), real, q) for name in ("q", "k")}
+    dy, final, marks = (dout.get(name) for name in ("y", "final.state", "checkpoint.state"))
+    first, decay = dx.get("initial.state"), dx.get("log_decay")
+    constant = shape_of(problem, shape, x) | {
+        "segment": segment, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real, "dmarks": kind(marks) or real,
+        "dinitial": kind(first) or real, "dq": kind(rows["q"]), "dk": kind(rows["k"]), "dbeta": kind(dx["beta"]),
+        "dg": kind(decay) or real,
+    }  # fmt: skip
+    numbers = (
+        *inputs_of(x), *place(dy, 4), *place(final, 4), *place(marks, 5), *place(rows["q"], 0), *place(rows["k"], 0),
+        *place(dx["v"], 0), *place(dx["beta"], 0), *place(decay, 0), *place(first, 0), *place(x["offsets"], 0),
+        *place(kept, 0), *place(measured, 0), *place(scratch, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, s.H,
+        s.H // s.G,
+    )  # fmt: skip
+    held = numbers_of(**shape, segment=segment, per_slot=constant["per_slot"]) * SIZES[real]
+    BACKWARD(q, constants(constant), heads, threads, numbers, (problem.option["scale"],), held)
+    for name in ("q", "k") if s.G != s.H else ():
+        gather(problem, rows[name], dx[name], 1, x[name], (s.G, s.H // s.G, s.K), 0)
 
 
 KERNELS = (LatticeRecurrent(),)

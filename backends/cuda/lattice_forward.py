@@ -29,7 +29,7 @@ import numpy as np
 
 from .device import WARP, load, quad, store, sum_lanes
 from .folds import any_lane, fold, read_four, rsqrt, shares, write_four
-from .lattice_slots import DECODING, ENCODING, first_direction
+from .lattice_slots import DECODING, ENCODING, direction
 from .source import cuda
 
 # Bits of an offset in shared memory: a mask of them tells the compiler that it is not negative, and a multiple of 4.
@@ -40,23 +40,22 @@ _CANCELS = 16.0
 
 
 def build(
-    *, K, V, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, decay, first, source,
-    target, marks, packed, slots, out_slots, fresh, reads, keeps,
+    *, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, gated, decay, first,
+    source, target, marked, marks, slots, out_slots, fresh, reads, keeps,
 ):  # fmt: skip
     """The kernel.
 
-    ``beta``, ``decay``, ``first``, ``source``, ``target``, ``marks``, ``slots``, ``out_slots`` and ``fresh`` are the
-    dtypes of those arrays, empty where there is none. ``reads``: fill ``y``. ``keeps``: leave the slots before every
-    ``spacing``-th token for a backward. Reads of ``together`` tokens are put together and stored at a time.
+    ``beta``, ``decay``, ``first``, ``source``, ``target``, ``marks``, ``slots``, ``out_slots`` and ``fresh`` are dtypes
+    of arrays. ``reads``: fill ``y``, ``together`` tokens at a time. ``marked``: there are checkpoints. ``keeps``: leave
+    for a backward the slots before every ``spacing``-th token, and a, 1/n and h of every token.
     """
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
     OWN, CHOSEN = shares(C, 0, BITS)
     QUADS, WIDE = R // 4, C // 4
-    DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, decay != "", per_slot
-    PACKED, READS, KEEPS, READ_NORM = packed, reads, keeps, read_norm
-    POOL, FRESH, STORES, MARKS = slots != "", fresh != "", target != "", marks != ""
+    DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
+    READS, KEEPS, MARKS, READ_NORM = reads, keeps, marked, read_norm
     RING, TOGETHER, OUTS = 2 * tile, together, 2 * together
     BP = KP if per_slot else 1
     ALL_KEYS, ALL_VALUES, ALL_BETAS = RING * KP, RING * VP, RING * BP
@@ -69,19 +68,16 @@ def build(
     MINE = np.int32(_OFFSETS & -(OWN & -OWN))
     along, across, everyone = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS), sum_lanes(0, ALL_BITS)
     read, write, write_kept = load(kind), store(kind), write_four(real)
-    read_beta, read_decay = load(beta or real), load(decay or real)
-    read_first, read_source = load(first or real), load(source or real)
-    write_target, write_mark = store(target or real), store(marks or real)
-    read_slot, read_out_slot, read_fresh = load(slots or "int32"), load(out_slots or "int32"), load(fresh or "bool")
-    read_offset = load("int64")
-    direction = first_direction(K, V)
+    read_beta, read_decay, read_first, read_source = load(beta), load(decay), load(first), load(source)
+    write_target, write_mark, write_real = store(target), store(marks), store(real)
+    read_slot, read_out_slot, read_fresh, read_offset = load(slots), load(out_slots), load(fresh), load("int64")
 
     def kernel(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h, beta_d,
         g, g_b, g_t, g_h, initial, initial_n, initial_h, initial_k, initial_v,
         origin, origin_n, origin_h, origin_k, origin_v, final, final_n, final_h, final_k, final_v,
-        y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept,
-        tokens, every, spacing, heads, group, scale: float,
+        y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, measured,
+        K, V, tokens, every, spacing, heads, group, scale: float,
     ):  # fmt: skip
         keys = cuda.shared.array(ALL_KEYS, number)
         queries = cuda.shared.array(ALL_KEYS, number)
@@ -103,17 +99,17 @@ def build(
         item = np.int64(cuda.blockIdx.x)
         head, n = item % heads, item // heads
         batch, start, length = n, np.int64(0), tokens
-        if PACKED:
+        if offsets != 0:
             batch, start = np.int64(0), read_offset(offsets, n)
             length = read_offset(offsets, n + 1) - start
 
         # The slots. Those of zeros stand for their first directions once there is a token.
         came, goes = n, n
-        if POOL:
+        if slots != 0:
             came, goes = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
         real_slot = came >= 0
         begins = False
-        if FRESH:
+        if fresh != 0:
             begins = read_fresh(fresh, n * fresh_n) != 0
         s = cuda.local.array(CELLS, number)
         r = cuda.local.array(R, number)
@@ -140,7 +136,7 @@ def build(
                 size += abs(s[i * C + j])
             if along(size) == zero and length > 0:
                 for j in range(C):
-                    s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4))
+                    s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
             size = zero
             for j in range(C):
                 size += s[i * C + j] * s[i * C + j]
@@ -156,7 +152,7 @@ def build(
         mark = np.int64(0)
         if MARKS:
             mark = n * (tokens // every)
-            if PACKED:
+            if offsets != 0:
                 mark = np.int64(0)
                 for before in range(n):
                     mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
@@ -173,6 +169,7 @@ def build(
         rho = cuda.local.array(R, number)
         alpha = cuda.local.array(R, number)
         norm = cuda.local.array(R, number)
+        inverse = cuda.local.array(R, number)
         kk = cuda.local.array(R, number)
         ahead = cuda.local.array(R, number)
         h = cuda.local.array(C, number)
@@ -353,13 +350,13 @@ def build(
                 if GATED:
                     largest = max(abs(w), abs(c) * number(math.sqrt(hh)))
                     over = one / largest if largest > zero else zero
-                    rho[i], alpha[i], norm[i] = w * over, c * over, largest
+                    rho[i], alpha[i], norm[i], inverse[i] = w * over, c * over, largest, over
                 else:
                     turned, pulled = w * w * r[i], c * c * hh
                     square = turned + two * w * x + pulled
                     careful = careful or turned + pulled > many * square
                     over = rsqrt(square)
-                    rho[i], alpha[i], norm[i] = w * over, c * over, square * over
+                    rho[i], alpha[i], norm[i], inverse[i] = w * over, c * over, square * over, over
             if GATED or any_lane(careful):
                 for i in range(R):
                     size = zero
@@ -371,6 +368,7 @@ def build(
                     rho[i] *= over
                     alpha[i] *= over
                     norm[i] *= size * over
+                    inverse[i] *= over
             if GATED:
                 # Nothing may be left of a slot, and its first direction stands in.
                 for i in range(R):
@@ -378,7 +376,20 @@ def build(
                         s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
                     if norm[i] == zero:
                         for j in range(C):
-                            s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4))
+                            s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
+
+            if KEEPS:
+                at = ((row_at + t) * heads + head) * (2 * K + V)
+                if l == 0:
+                    for i in range(R):
+                        if row0 + i < K:
+                            write_real(measured, at + row0 + i, a[i])
+                            write_real(measured, at + K + row0 + i, inverse[i])
+                if warp == 0 and m == 0:
+                    for j in range(C):
+                        column = j // 4 * 4 * L + column0 + j % 4
+                        if column < V:
+                            write_real(measured, at + 2 * K + column, h[j])
 
             # What the slots, once turned, predict of the next token.
             if DECODES:
@@ -417,7 +428,7 @@ def build(
                         total += outs[at + x * np.int32(VP)]
                     write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
 
-        if STORES and real_slot and goes >= 0:
+        if final != 0 and real_slot and goes >= 0:
             for i in range(R):
                 for j in range(C):
                     row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
