@@ -17,7 +17,7 @@ import math
 
 import numpy as np
 
-from .device import WARP, load, store, sum_lanes
+from .device import WARP, load, quad, store, sum_lanes
 from .folds import fold, read_four, shares, write_four
 from .lattice_slots import DECODING, ENCODING, direction
 from .source import cuda
@@ -40,6 +40,7 @@ def build(
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
     OWN, CHOSEN = shares(C, 0, BITS)
+    QUADS, WIDE = R // 4, C // 4
     DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
     READ_NORM = read_norm
     BP = KP if per_slot else 1
@@ -106,6 +107,7 @@ def build(
         rho = cuda.local.array(R, number)
         alpha = cuda.local.array(R, number)
         over = cuda.local.array(R, number)
+        a = cuda.local.array(R, number)
         kk = cuda.local.array(R, number)
         of_q = cuda.local.array(R, number)
         of_k = cuda.local.array(R, number)
@@ -183,13 +185,21 @@ def build(
                 at_k = np.int32(u) * np.int32(KP) + row0 & np.int32(_OFFSETS)
                 at_v = np.int32(u) * np.int32(VP) + column0 & np.int32(_OFFSETS)
                 mu = held[FADES + u] if GATED else one
-                for j in range(C):
-                    h[j] = held[HS + at_v + j // 4 * 4 * L + j % 4]
+                for x in range(WIDE):
+                    four = quad(held, HS + at_v + 4 * L * x)
+                    for i in range(4):
+                        h[4 * x + i] = four[i]
+                for x in range(QUADS):
+                    keys, norms = quad(held, at_k + 4 * x), quad(held, OVER + at_k + 4 * x)
+                    sums_of = quad(held, ALONG + at_k + 4 * x)
+                    for i in range(4):
+                        kk[4 * x + i], a[4 * x + i], over[4 * x + i] = keys[i], sums_of[i], norms[i]
+                for i in range(4 * QUADS, R):
+                    kk[i], a[i], over[i] = held[at_k + i], held[ALONG + at_k + i], held[OVER + at_k + i]
                 for i in range(R):
                     strength = held[BETAS + at_k + i] if PER_SLOT else held[BETAS + u]
-                    kk[i], a, over[i] = held[at_k + i], held[ALONG + at_k + i], held[OVER + at_k + i]
-                    c = strength * (kk[i] - a if ENCODES else kk[i])
-                    rho[i], alpha[i] = (mu - c * a) * over[i], c * over[i]
+                    c = strength * (kk[i] - a[i] if ENCODES else kk[i])
+                    rho[i], alpha[i] = (mu - c * a[i]) * over[i], c * over[i]
                 for i in range(R):
                     for j in range(C):
                         s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
@@ -220,8 +230,22 @@ def build(
                 at_v = np.int32(u) * np.int32(VP) + column0 & np.int32(_OFFSETS)
                 mu = held[FADES + u] if GATED else one
                 hh, pull = zero, zero
+                for x in range(WIDE):
+                    four, given = quad(held, HS + at_v + 4 * L * x), quad(held, DYS + at_v + 4 * L * x)
+                    for i in range(4):
+                        h[4 * x + i], up[4 * x + i] = four[i], given[i]
+                for x in range(QUADS):
+                    keys, norms = quad(held, at_k + 4 * x), quad(held, OVER + at_k + 4 * x)
+                    sums_of = quad(held, ALONG + at_k + 4 * x)
+                    for i in range(4):
+                        kk[4 * x + i], a[4 * x + i], over[4 * x + i] = keys[i], sums_of[i], norms[i]
+                    four = quad(held, QUERIES + at_k + 4 * x)
+                    for i in range(4):
+                        of_q[4 * x + i] = four[i]
+                for i in range(4 * QUADS, R):
+                    kk[i], a[i], over[i] = held[at_k + i], held[ALONG + at_k + i], held[OVER + at_k + i]
+                    of_q[i] = held[QUERIES + at_k + i]
                 for j in range(C):
-                    h[j], up[j] = held[HS + at_v + j // 4 * 4 * L + j % 4], held[DYS + at_v + j // 4 * 4 * L + j % 4]
                     hh += h[j] * h[j]
                     pull += h[j] * up[j]
                     sums[j] = zero
@@ -230,12 +254,11 @@ def build(
                 at_row = ((row_at + token) * heads + head) * K + row0
                 for i in range(R):
                     strength = held[BETAS + at_k + i] if PER_SLOT else held[BETAS + u]
-                    kk[i], a, inverse = held[at_k + i], held[ALONG + at_k + i], held[OVER + at_k + i]
-                    z = kk[i] - a if ENCODES else kk[i]
+                    inverse, query = over[i], gain * of_q[i]
+                    z = kk[i] - a[i] if ENCODES else kk[i]
                     c = strength * z
-                    w = mu - c * a
+                    w = mu - c * a[i]
                     turned, pulled = w * inverse, c * inverse
-                    query = gain * held[QUERIES + at_k + i]
                     with_s, with_h, read_s, size = zero, zero, zero, zero
                     for j in range(C):
                         if READ_NORM:
@@ -246,8 +269,8 @@ def build(
                         size += s[i * C + j] * s[i * C + j]
                     with_s, with_h, read_s, size = along(with_s), along(with_h), along(read_s), along(size)
                     turn = inverse * (turned * with_s + pulled * with_h)
-                    of_s = inverse * with_s - turn * (turned * size + pulled * a)
-                    of_h = inverse * with_h - turn * (turned * a + pulled * hh)
+                    of_s = inverse * with_s - turn * (turned * size + pulled * a[i])
+                    of_h = inverse * with_h - turn * (turned * a[i] + pulled * hh)
                     if READ_NORM:
                         of_q[i] = turned * read_s + pulled * pull
                         if GATED:
@@ -261,7 +284,7 @@ def build(
                         of_q[i] = w * read_s + c * pull
                         of_s += query * read_s
                         of_h += query * pull
-                    of_x = of_h - a * of_s
+                    of_x = of_h - a[i] * of_s
                     of_mu += of_s
                     of_beta += z * of_x
                     if PER_SLOT and l == 0 and row0 + i < K:
@@ -291,10 +314,11 @@ def build(
 
                 for j in range(C):
                     sums[j] = zero
-                at = PARTS + side * np.int32(W * VP) + column0 & np.int32(_OFFSETS)
-                for x in range(W * C):
-                    j = x % C
-                    sums[j] += held[at + x // C * VP + j // 4 * 4 * L + j % 4]
+                at = PARTS + side * np.int32(W * VP) + column0
+                for x in range(WIDE * W):
+                    four = quad(held, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                    for i in range(4):
+                        sums[4 * (x % WIDE) + i] += four[i]
                 if warp == 0 and m == 0:
                     for j in range(C):
                         column = j // 4 * 4 * L + column0 + j % 4

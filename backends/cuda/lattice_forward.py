@@ -66,7 +66,7 @@ def build(
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
     FOURS = np.int32(_OFFSETS & -4)
     MINE = np.int32(_OFFSETS & -(OWN & -OWN))
-    along, across, everyone = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS), sum_lanes(0, ALL_BITS)
+    along, across = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS)
     read, write, write_kept = load(kind), store(kind), write_four(real)
     read_beta, read_decay, read_first, read_source = load(beta), load(decay), load(first), load(source)
     write_target, write_mark, write_real = store(target), store(marks), store(real)
