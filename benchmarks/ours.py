@@ -9,7 +9,7 @@ from benchmarks.case import FORWARD, STEP, TRAIN, Case
 from benchmarks.inputs import Arrays, convert
 from benchmarks.peers import Run
 from mixers.backend import Kernel, installed
-from mixers.check import Pinned
+from mixers.check import Pinned, own_library
 from mixers.mixer import Mixer
 from mixers.problem import Flags, Problem
 
@@ -28,7 +28,7 @@ class Way:
     @property
     def library(self) -> str:
         """Whose arrays it is timed on."""
-        return self.kernel.arrays if self.kernel else "numpy"
+        return own_library(self.kernel)
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ def _problem(case: Case, kernel: Kernel) -> Problem:
         Flags(grad=case.kind == TRAIN),
         layouts=tuple((arg.name, " ".join(arg.layouts[0])) for arg in present),
         dtype=case.dtype,
-        library=kernel.arrays,
+        library=own_library(kernel),
         device=case.device,
     )
 

@@ -14,6 +14,9 @@ from mixers.backend import Kernel, Place, Support
 # A simulator is chosen by Numba's own switch.
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 
+# Threads that exchange numbers; few are simulated, for each is one of Python's.
+WARP = 4 if SIMULATED else 32
+
 _FAMILIES = ("delta", "lattice")
 
 

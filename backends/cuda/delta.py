@@ -16,8 +16,8 @@ from mixers.linear import read_scale
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
+from . import SIMULATED, WARP
 from .arrays import SIZES, empty, kind, place
-from .device import WARP
 from .kernel import PROCESSORS, CudaKernel, blank_unused
 from .program import Constants, Program, constants
 
@@ -62,7 +62,9 @@ def layout(problem: Problem, lanes: int, columns: int, warps: int) -> dict[str, 
 
 
 def most_cells(problem: Problem) -> int:
-    """How much of a state a thread holds in registers."""
+    """How much of a state a thread holds in registers; a simulated one has as many as it likes."""
+    if SIMULATED:
+        return WIDEST
     return MOST_CELLS // 2 if problem.dtype == "float64" else MOST_CELLS
 
 
@@ -93,10 +95,10 @@ class DeltaRecurrent(CudaKernel):
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Few lanes a column where there are sequences enough to fill a GPU, more of them where there are not."""
-        lanes, columns = ((1, 2, 4, 8, 16, 32), (1, 2)) if WARP == 32 else ((2, 1, 4), (1,))
-        found = [layout(problem, some, few, 4 if WARP == 32 else 1) for some in lanes for few in columns]
+        lanes, columns = ((1, 2, 4, 8, 16, 32), (1, 2)) if not SIMULATED else ((2, 1, 4), (1,))
+        found = [layout(problem, some, few, 4 if not SIMULATED else 1) for some in lanes for few in columns]
         fits = [c for c in found if c]
-        return tuple(sorted(fits, key=lambda c: cost(problem, c)) if WARP == 32 else fits)
+        return tuple(sorted(fits, key=lambda c: cost(problem, c)) if not SIMULATED else fits)
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""
@@ -186,15 +188,15 @@ def run_forward(
 def backward_layout(problem: Problem) -> dict[str, int]:
     """How the backward lays out a head: few numbers a thread, for it holds several states; few blocks a head."""
     _, _, key_dim, value_dim = problem.widths
-    widest = 8 if WARP == 32 else 4
+    widest = 8 if not SIMULATED else 4
     padded = max(GRANULE, 1 << (key_dim - 1).bit_length())
     lanes = min(WARP, max(WARP // 8, padded // widest))
     rows = max(4, padded // lanes)
     bytes_each = 8 if problem.compute_dtype == "float64" else 4
-    columns = 2 if WARP == 32 and rows * 2 <= 16 * 4 // bytes_each and value_dim > 1 else 1
+    columns = 2 if not SIMULATED and rows * 2 <= 16 * 4 // bytes_each and value_dim > 1 else 1
     hold = max(1, min(4, MOST_HELD * 4 // bytes_each // (rows * columns)))
     wide = WARP // lanes * columns
-    most = min(8 if WARP == 32 else 1, 1 << (-(-value_dim // wide) - 1).bit_length())
+    most = min(8 if not SIMULATED else 1, 1 << (-(-value_dim // wide) - 1).bit_length())
     decay = decay_axes(problem)
     for spacing in SEGMENTS:
         for warps in (most, min(most, 4)):
@@ -277,7 +279,7 @@ def gather(
     problem: Problem, found: Array, dx: Array, count: int, x: Array, axes: tuple[int, int, int], norm: int
 ) -> None:
     """Queue the sum of ``count`` parts ``[B T, heads, group, width]`` over parts and group; ``axes`` are the last 3."""
-    s, warps = problem.sizes, 4 if WARP == 32 else 1
+    s, warps = problem.sizes, 4 if not SIMULATED else 1
     heads, group, width = axes
     rows = s.B * s.T * heads
     wide = -(-width // WARP)

@@ -10,14 +10,14 @@ Addresses are whole numbers, so that an array of any library costs a launch one 
 name has a twin for Numba's simulator, which knows no addresses and no shuffles, and a warp there is four threads.
 """
 
-from . import SIMULATED
+from . import SIMULATED, WARP
 
 KINDS = ("float64", "float32", "bfloat16", "float16")
 COUNTS = ("int64", "int32", "int16", "int8", "bool", "uint8")
 
 if SIMULATED:
-    from .simulated import WARP, load, other_lane, quad, store, sum_lanes, warp_barrier
+    from .simulated import load, other_lane, quad, store, sum_lanes, warp_barrier
 else:
-    from .native import WARP, load, other_lane, quad, store, sum_lanes, warp_barrier
+    from .native import load, other_lane, quad, store, sum_lanes, warp_barrier
 
 __all__ = ["COUNTS", "KINDS", "WARP", "load", "other_lane", "quad", "store", "sum_lanes", "warp_barrier"]

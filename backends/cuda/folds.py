@@ -2,6 +2,7 @@
 
     fold(8, 0, 2)(array)          sums of 8 numbers over lanes that differ in bits 0 and 1: each of the four keeps two of
                                   them, at the front of the array: bit 0 chooses the half, bit 1 the half of that
+    unfold(8, 0, 2)(array)        the way back: from the two numbers that each lane keeps to all 8, in every lane
     any_lane(flag)                whether any lane of the warp says so
     rsqrt(x)                      1/√x
     read_four(real)(address, i)   four neighbours of global memory, i a multiple of 4 and 16 bytes for each; write_four
@@ -36,6 +37,12 @@ def shares(count, first, last):
     return kept, tuple(chosen)
 
 
+def _lane(builder):
+    """The number of this thread in its block, of which its lane is the low bits."""
+    kind = ir.FunctionType(ir.IntType(32), [])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.read.ptx.sreg.tid.x"), [])
+
+
 def _fold_native(count, first, last):
     @intrinsic
     def total(typing_context, array):
@@ -44,12 +51,7 @@ def _fold_native(count, first, last):
             held = context.make_array(signature.args[0])(context, builder, values[0])
             places = [builder.gep(held.data, [ir.Constant(ir.IntType(64), i)]) for i in range(count)]
             numbers = [builder.load(place) for place in places]
-            lane = builder.call(
-                cgutils.get_or_insert_function(
-                    builder.module, ir.FunctionType(word, []), "llvm.nvvm.read.ptx.sreg.tid.x"
-                ),
-                [],
-            )
+            lane = _lane(builder)
             for bit in range(first, last):
                 half = len(numbers) // 2
                 if len(numbers) % 2:
@@ -70,6 +72,51 @@ def _fold_native(count, first, last):
         return types.void(array), emit
 
     return total
+
+
+def _unfold_native(count, first, last):
+    kept, chosen = shares(count, first, last)
+
+    @intrinsic
+    def spread(typing_context, array):
+        def emit(context, builder, signature, values):
+            word = ir.IntType(32)
+            held = context.make_array(signature.args[0])(context, builder, values[0])
+            places = [builder.gep(held.data, [ir.Constant(ir.IntType(64), i)]) for i in range(count)]
+            numbers = [builder.load(place) for place in places[:kept]]
+            lane = _lane(builder)
+            for bit, _ in reversed(chosen):
+                flag = builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(word, 1 << bit)), ir.Constant(word, 0))
+                others = [_from_lane(builder, x, 1 << bit) for x in numbers]
+                pairs = list(zip(numbers, others, strict=True))
+                numbers = [builder.select(flag, b, a) for a, b in pairs] + [builder.select(flag, a, b) for a, b in pairs]
+            for place, x in zip(places, numbers, strict=True):
+                builder.store(x, place)
+            return context.get_dummy_value()
+
+        return types.void(array), emit
+
+    return spread
+
+
+def _unfold_simulated(count, first, last):
+    kept, chosen = shares(count, first, last)
+
+    def spread(array):
+        thread = threading.current_thread()
+        lane, have = thread.threadIdx.x, kept
+        for bit, _ in reversed(chosen):
+            own = [array[i] for i in range(have)]
+            _lanes[lane] = own
+            thread.syncthreads()
+            other = _lanes[lane ^ 1 << bit]
+            thread.syncthreads()
+            low, high = (other, own) if lane >> bit & 1 else (own, other)
+            for i in range(have):
+                array[i], array[have + i] = low[i], high[i]
+            have *= 2
+
+    return spread
 
 
 def _fold_simulated(count, first, last):
@@ -95,6 +142,12 @@ def _fold_simulated(count, first, last):
 def fold(count, first, last):
     """``total(array)``: the first ``count`` numbers of a local array, summed over lanes; see ``shares``."""
     return (_fold_simulated if SIMULATED else _fold_native)(count, first, last)
+
+
+@functools.cache
+def unfold(count, first, last):
+    """``spread(array)``: all numbers of a fold, at the front of a local array, from what the lanes keep of them."""
+    return (_unfold_simulated if SIMULATED else _unfold_native)(count, first, last)
 
 
 if SIMULATED:

@@ -15,6 +15,7 @@ from mixers.spec import Array
 from .arrays import SIZES, empty, kind, place
 from .delta import gather
 from .device import WARP
+from .folds import shares
 from .kernel import CudaKernel, blank_unused
 from .lattice_backward import numbers as numbers_of
 from .lattice_slots import OBJECTIVES
@@ -43,12 +44,19 @@ def layouts(problem: Problem) -> list[dict[str, int]]:
     for warps, most in MOST_CELLS.items():
         for lanes in LANES:
             rows = -(-key_dim // (WARP // lanes * warps))
-            columns = 4 * -(-value_dim // (4 * lanes))
+            columns = aligned(4 * -(-value_dim // (4 * lanes)), lanes)
             if rows * columns <= most // (2 if double else 1):
                 config = {"rows": rows, "columns": columns, "lanes": lanes, "warps": warps, "tile": 4}
                 if shared(problem, config, 1) <= SHARED:
                     found.append(config)
     return sorted(found, key=_cost)
+
+
+def aligned(columns: int, lanes: int) -> int:
+    """So many columns, or a few more, that a lane's share of them lies in one piece, or in pieces of four."""
+    while (own := shares(columns, 0, (WARP // lanes).bit_length() - 1)[0]) not in (1, 2) and own % 4:
+        columns += 4
+    return columns
 
 
 def _cost(config: Config) -> float:

@@ -305,7 +305,7 @@ def build(
                 side = np.int32(u) & np.int32(1)
                 at = PARTS + side * np.int32(W * VP) + warp * np.int32(VP) + mine
                 for j in range(OWN):
-                    held[at + j] = sums[j]
+                    held[at + j // 4 * 4 * L + j % 4] = sums[j]
                 of_mu, of_beta = down(of_mu), down(of_beta)
                 if lane == 0:
                     held[TOTALS + (side * np.int32(W) + warp) * 2] = of_mu

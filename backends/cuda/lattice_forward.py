@@ -21,6 +21,8 @@ Tokens come through shared memory a tile at a time, loaded while the tile before
 token.
 
     slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 l + j % 4
+
+Of a sum over the slots a lane keeps its share of columns, an aligned piece of its own.
 """
 
 import math
@@ -28,7 +30,7 @@ import math
 import numpy as np
 
 from .device import WARP, load, quad, store, sum_lanes
-from .folds import any_lane, fold, read_four, rsqrt, shares, write_four
+from .folds import any_lane, fold, rsqrt, shares, unfold, write_four
 from .lattice_slots import DECODING, ENCODING, direction
 from .source import cuda
 
@@ -65,8 +67,8 @@ def build(
     number = np.dtype(real).type
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
     FOURS = np.int32(_OFFSETS & -4)
-    MINE = np.int32(_OFFSETS & -(OWN & -OWN))
-    along, across = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS)
+    MINE = np.int32(_OFFSETS & -min(4, OWN & -OWN))
+    along, across, back = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS), unfold(C, 0, BITS)
     read, write, write_kept = load(kind), store(kind), write_four(real)
     read_beta, read_decay, read_first, read_source = load(beta), load(decay), load(first), load(source)
     write_target, write_mark, write_real = store(target), store(marks), store(real)
@@ -252,21 +254,25 @@ def build(
                                 sums[j] += kk[i] * s[i * C + j]
                         across(sums)
                         for j in range(OWN):
-                            parts[warp * np.int32(VP) + mine + j] = sums[j]
+                            parts[warp * np.int32(VP) + mine + j // 4 * 4 * L + j % 4] = sums[j]
                 continue
 
-            # The values of this token, and what is left of them where the slots predict.
-            at = here * np.int32(VP) + column0 & FOURS
-            for x in range(WIDE):
-                four = quad(values, at + 4 * L * x)
-                for i in range(4):
-                    fresh_h[4 * x + i] = four[i]
+            # The values of this token, and what is left of them where the slots predict: a lane's share, then all.
             if DECODES:
-                at = (np.int32(t) & np.int32(1)) * np.int32(W * VP) + column0 & FOURS
-                for x in range(WIDE * W):
-                    four = quad(parts, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                at = here * np.int32(VP) + mine & MINE
+                for j in range(OWN):
+                    fresh_h[j] = values[at + j // 4 * 4 * L + j % 4]
+                at = (np.int32(t) & np.int32(1)) * np.int32(W * VP) + mine & MINE
+                for x in range(OWN * W):
+                    j = x % OWN
+                    fresh_h[j] -= parts[at + x // OWN * VP + j // 4 * 4 * L + j % 4]
+                back(fresh_h)
+            else:
+                at = here * np.int32(VP) + column0 & FOURS
+                for x in range(WIDE):
+                    four = quad(values, at + 4 * L * x)
                     for i in range(4):
-                        fresh_h[4 * (x % WIDE) + i] -= four[i]
+                        fresh_h[4 * x + i] = four[i]
 
             # What the last token left to be done: turn the slots, measure and read them.
             if not GATED:
@@ -296,7 +302,7 @@ def build(
                 across(sums)
                 to = (np.int32(t - 1) & np.int32(OUTS - 1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
                 for j in range(OWN):
-                    outs[to + j] = sums[j]
+                    outs[to + j // 4 * 4 * L + j % 4] = sums[j]
             if MARKS and t > 0:
                 until_mark -= 1
                 if until_mark == 0:
@@ -412,7 +418,7 @@ def build(
                 across(sums)
                 to = (np.int32(t + 1) & np.int32(1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
                 for j in range(OWN):
-                    parts[to + j] = sums[j]
+                    parts[to + j // 4 * 4 * L + j % 4] = sums[j]
             for i in range(R):
                 kk[i] = ahead[i]
 

@@ -5,9 +5,8 @@ import functools
 from llvmlite import ir
 from numba.core import cgutils, types
 
+from . import WARP
 from .source import intrinsic
-
-WARP = 32
 
 # How the lanes of a warp exchange numbers.
 _EVERY_LANE, _BUTTERFLY = 0xFFFFFFFF, 3

@@ -73,7 +73,7 @@ class Program:
     def __init__(self, module: str, build: str = "build") -> None:
         """``module`` of this folder, and the name of its builder there."""
         self.module, self.build = module, build
-        self._functions: dict[tuple[tuple[int, int], Constants, int, int], driver.Function] = {}
+        self.functions: dict[tuple[tuple[int, int], Constants, int, int], driver.Function] = {}
 
     def __call__(
         self,
@@ -101,9 +101,9 @@ class Program:
         """The kernel, loaded; compiled where this machine has not seen it yet."""
         capability = driver.capability(device)
         key = capability, constants, threads, shared
-        found = self._functions.get(key)
+        found = self.functions.get(key)
         if found is None:
-            found = self._functions[key] = driver.Function(self._code(constants, capability, device, threads), ENTRY)
+            found = self.functions[key] = driver.Function(self._code(constants, capability, device, threads), ENTRY)
             if shared > 48 * 1024:
                 found.allow_shared(shared, device)
         return found

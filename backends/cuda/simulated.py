@@ -6,11 +6,12 @@ must take part, as all of one warp must on a GPU.
 
 import ctypes
 import functools
+import sys
 import threading
 
 import numpy as np
 
-WARP = 4
+from .source import simulator
 
 _CELLS = {
     "float64": ctypes.c_double, "float32": ctypes.c_float, "bfloat16": ctypes.c_uint16, "float16": ctypes.c_uint16,
@@ -93,3 +94,22 @@ def quad(array, index):
 def warp_barrier():
     """A block's barrier."""
     threading.current_thread().syncthreads()
+
+
+class _Shared(simulator.FakeCUDAShared):
+    """Numba's shared memory, but that one array is made where several threads ask for it at the same moment."""
+
+    _one_at_a_time = threading.Lock()
+
+    def array(self, shape, dtype, alignment=None):
+        if shape == 0:
+            return super().array(shape, dtype)
+        caller = sys._getframe(1)
+        where = caller.f_code.co_filename, caller.f_lineno
+        with self._one_at_a_time:
+            if where not in self._allocations:
+                self._allocations[where] = np.empty(shape, dtype)
+            return self._allocations[where]
+
+
+simulator.FakeCUDAShared = _Shared

@@ -30,8 +30,12 @@ _lend_row_stack()
 from numba import cuda  # noqa: E402
 
 if SIMULATED:
+    from numba.cuda.simulator import kernelapi as simulator
+
     intrinsic = None
 else:
     from numba.cuda.extending import intrinsic
 
-__all__ = ["cuda", "intrinsic"]
+    simulator = None
+
+__all__ = ["cuda", "intrinsic", "simulator"]

@@ -136,7 +136,9 @@ def measure(
         part_s = dot(up, tl.trans(s), PRECISION)
     toward_h = dot(up, ht, PRECISION)
     to_weight = b[:, None] * part_s - along * part_phi
-    to_weight += dot((w * toward_h).to(OPERAND), e.to(OPERAND), PRECISION)
+    # Behind a reset y hardly depends on the size of E: what comes to E on two ways cancels, all but a few digits.
+    exact: tl.constexpr = tl.float32 if GATED else OPERAND
+    to_weight += dot((w * toward_h).to(exact), e.to(exact), PRECISION)
     back = wt * dot(hm, tl.trans(up), PRECISION)
     crossed = tl.zeros((BT, BK), tl.float32)
     p = crossed
@@ -180,7 +182,7 @@ def measure(
         f = to_square
         d_along = -weight * part_phi
         de = to_square
-    de += dot(back.to(OPERAND), weight.to(OPERAND), PRECISION)
+    de += dot(back.to(exact), weight.to(exact), PRECISION)
     m = dot(wt, d_along, PRECISION)
     de += m * a
     da = m * e
@@ -488,6 +490,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     moments = torch.empty((found.running.shape[0], s.H, 3, s.K), dtype=torch.float32, device=device)
     dslots, drunning = torch.empty_like(found.slots), torch.empty_like(found.running)
     states = (found.pieces, found.slots, found.running)
+    digits = {"PRECISION": "tf32x3"} if common["GATED"] and kind is torch.bfloat16 else {}
     measure[grid](
         *inputs(x),
         *place(dy, 0, 1, 2),
@@ -495,7 +498,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
         directions(problem, device),
         *(*states, weight, held, da, f, dp, de, moments, dg),
         *(s.T, s.H, s.H // s.G, problem.option["scale"]),
-        **reads,
+        **(reads | digits),
     )
     absorb[grid](
         *inputs(x)[4:],

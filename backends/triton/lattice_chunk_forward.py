@@ -357,11 +357,12 @@ def area(problem: Problem) -> int:
 
 
 def longest(problem: Problem, back: bool) -> int:
-    """Tokens of a piece: what keeps products short in true float32, and the tiles of a backward in shared memory."""
+    """Tokens of a piece: what keeps products short in true float32, and tiles in shared memory."""
     if problem.dtype == "float32":
         return 16
-    room = 64 * 64 if problem.dtype == "float16" else 128 * 128
-    return 16 if back and area(problem) > room else 64
+    if back:
+        return 64 if area(problem) <= (64 * 64 if problem.dtype == "float16" else 128 * 128) else 16
+    return 64 if area(problem) <= 128 * 128 else 32
 
 
 @dataclass(frozen=True)

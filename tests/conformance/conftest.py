@@ -44,8 +44,7 @@ class Subject:
 
     def case(self, law: str, setting: Setting, dtype: str) -> Case | None:
         """A case of this kernel, None where it refuses the setting."""
-        library = self.kernel.arrays if self.kernel else "numpy"
-        return check.fitted(Case(law, setting, self.backend, self.kernel, dtype, library))
+        return check.fitted(Case(law, setting, self.backend, self.kernel, dtype, check.own_library(self.kernel)))
 
 
 def backends(config: pytest.Config) -> list[str]:
@@ -90,7 +89,7 @@ def cases(config: pytest.Config, laws: tuple[str, ...]) -> list[Case]:
 
 def other(case: Case, library: str) -> bool:
     """A case of the first law that is not among a kernel's own, on its own arrays."""
-    own = case.kernel is not None and case.kernel.arrays == library and case.dtype in check.own_dtypes(case.kernel)
+    own = case.kernel and check.own_library(case.kernel) == library and case.dtype in check.own_dtypes(case.kernel)
     return case.law == "truth" and not own
 
 
