@@ -15,11 +15,11 @@ import threading
 
 import numpy as np
 
-from . import SIMULATED
+from . import SIMULATED, WARP
 from .source import intrinsic
 
 if SIMULATED:
-    from .simulated import WARP, _cell, _lanes
+    from .simulated import _cell, _lanes
 else:
     from llvmlite import ir
     from numba.core import cgutils, types
