@@ -81,7 +81,8 @@ def build(
         mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
 
         item = np.int64(cuda.blockIdx.x)
-        head, n = item % heads, item // heads
+        n = np.int64(np.int32(item) // np.int32(heads))
+        head = item - n * heads
         batch, start, length = n, np.int64(0), tokens
         if offsets != 0:
             batch, start = np.int64(0), read_offset(offsets, n)

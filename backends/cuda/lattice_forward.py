@@ -64,6 +64,7 @@ def build(
     ALL_PARTS, ALL_OUTS = 2 * W * VP, OUTS * W * VP if reads else 4
     SOME_K, SOME_V, SOME_B = -(-tile * KP // THREADS), -(-tile * VP // THREADS), -(-tile * BP // THREADS)
     SOME_Y = -(-together * VP // THREADS)
+    FULL_K, FULL_V, FULL_B = tile * KP % THREADS == 0, tile * VP % THREADS == 0, tile * BP % THREADS == 0
     number = np.dtype(real).type
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
     FOURS = np.int32(_OFFSETS & -4)
@@ -98,14 +99,16 @@ def build(
             mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
         mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
 
-        item = np.int64(cuda.blockIdx.x)
-        head, n = item % heads, item // heads
+        item = np.int32(cuda.blockIdx.x)
+        n = np.int64(item // np.int32(heads))
+        head = np.int64(item) - n * heads
+        key_head = np.int64(np.int32(head) // np.int32(group))
         batch, start, length = n, np.int64(0), tokens
         if offsets != 0:
             batch, start = np.int64(0), read_offset(offsets, n)
             length = read_offset(offsets, n + 1) - start
 
-        # The slots. Those of zeros stand for their first directions once there is a token.
+        # Where slots come from, and where they go.
         came, goes = n, n
         if slots != 0:
             came, goes = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
@@ -115,37 +118,8 @@ def build(
             begins = read_fresh(fresh, n * fresh_n) != 0
         s = cuda.local.array(CELLS, number)
         r = cuda.local.array(R, number)
-        for i in range(R):
-            for j in range(C):
-                s[i * C + j] = one if row0 + i >= K and column0 + j == 0 else zero
-        if begins:
-            from_first = n * initial_n + head * initial_h
-            for i in range(R):
-                for j in range(C):
-                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
-                    if row < K and column < V:
-                        s[i * C + j] = number(read_first(initial, from_first + row * initial_k + column * initial_v))
-        elif real_slot:
-            from_origin = came * origin_n + head * origin_h
-            for i in range(R):
-                for j in range(C):
-                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
-                    if row < K and column < V:
-                        s[i * C + j] = number(read_source(origin, from_origin + row * origin_k + column * origin_v))
-        for i in range(R):
-            size = zero
-            for j in range(C):
-                size += abs(s[i * C + j])
-            if along(size) == zero and length > 0:
-                for j in range(C):
-                    s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
-            size = zero
-            for j in range(C):
-                size += s[i * C + j] * s[i * C + j]
-            r[i] = along(size)
-
-        q_at = batch * q_b + start * q_t + head // group * q_h
-        k_at = batch * k_b + start * k_t + head // group * k_h
+        q_at = batch * q_b + start * q_t + key_head * q_h
+        k_at = batch * k_b + start * k_t + key_head * k_h
         v_at = batch * v_b + start * v_t + head * v_h
         beta_at = batch * beta_b + start * beta_t + head * beta_h
         g_at = batch * g_b + start * g_t + head * g_h
@@ -183,6 +157,36 @@ def build(
         for j in range(C):
             h[j] = zero
 
+        # Slots of zeros stand for their first directions once there is a token.
+        for i in range(R):
+            for j in range(C):
+                s[i * C + j] = one if row0 + i >= K and column0 + j == 0 else zero
+        if begins:
+            from_first = n * initial_n + head * initial_h
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < V:
+                        s[i * C + j] = number(read_first(initial, from_first + row * initial_k + column * initial_v))
+        elif real_slot:
+            from_origin = came * origin_n + head * origin_h
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < V:
+                        s[i * C + j] = number(read_source(origin, from_origin + row * origin_k + column * origin_v))
+        for i in range(R):
+            size = zero
+            for j in range(C):
+                size += abs(s[i * C + j])
+            if along(size) == zero and length > 0:
+                for j in range(C):
+                    s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
+            size = zero
+            for j in range(C):
+                size += s[i * C + j] * s[i * C + j]
+            r[i] = along(size)
+
         # One token more than there are: it finds nothing, and what the last one left to be done is done.
         for t in range(-tile, length + 1):
             u = np.int32(t) & np.int32(tile - 1)
@@ -194,18 +198,18 @@ def build(
                 for i in range(SOME_K):
                     at = np.int32(i * THREADS) + thread
                     token, row = first_ahead + at // np.int32(KP), at % np.int32(KP)
-                    inside = token < length and row < K and at < tile * KP
+                    inside = token < length and row < K and (FULL_K or at < tile * KP)
                     some_k[i] = number(read(k, k_at + token * k_t + row * k_d)) if inside else zero
                     some_q[i] = number(read(q, q_at + token * q_t + row * q_d)) if READS and inside else zero
                 for i in range(SOME_V):
                     at = np.int32(i * THREADS) + thread
                     token, column = first_ahead + at // np.int32(VP), at % np.int32(VP)
-                    inside = token < length and column < V and at < tile * VP
+                    inside = token < length and column < V and (FULL_V or at < tile * VP)
                     some_v[i] = number(read(v, v_at + token * v_t + column * v_d)) if inside else zero
                 for i in range(SOME_B):
                     at = np.int32(i * THREADS) + thread
                     token, row = first_ahead + at // np.int32(BP), at % np.int32(BP)
-                    inside = token < length and row < K and at < tile * BP
+                    inside = token < length and row < K and (FULL_B or at < tile * BP)
                     some_b[i] = number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero
                 if GATED:
                     some_g = one
@@ -216,17 +220,17 @@ def build(
                 to = np.int32(first_ahead) & np.int32(RING - 1)
                 for i in range(SOME_K):
                     at = np.int32(i * THREADS) + thread
-                    if at < tile * KP:
+                    if FULL_K or at < tile * KP:
                         keys[to * np.int32(KP) + at] = some_k[i]
                         if READS:
                             queries[to * np.int32(KP) + at] = some_q[i]
                 for i in range(SOME_V):
                     at = np.int32(i * THREADS) + thread
-                    if at < tile * VP:
+                    if FULL_V or at < tile * VP:
                         values[to * np.int32(VP) + at] = some_v[i]
                 for i in range(SOME_B):
                     at = np.int32(i * THREADS) + thread
-                    if at < tile * BP:
+                    if FULL_B or at < tile * BP:
                         betas[to * np.int32(BP) + at] = some_b[i]
                 if GATED and thread < tile:
                     fades[to + thread] = some_g
