@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "ptx"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 
@@ -20,15 +20,18 @@ PINS = ("-c", "constraints.txt")
 
 # What each session installs, and no more, so that a stray import of another library fails; and what it checks. torch
 # brings autodiff, so its session checks everything; JAX arrays run on the reference; Triton's kernels run in its
-# interpreter, where a case takes seconds. `--share n` takes every n-th case of the laws, another part for every kernel
-# and dtype: `pytest tests` without it takes them all, which lasts an hour.
+# interpreter and those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of
+# the laws, another part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 SIMULATED = ("tests/conformance/test_laws.py", "tests/test_triton.py", "tests/test_readme.py", "--most", "30000")
+SIMULATED_CUDA = ("tests/conformance/test_laws.py", "tests/test_cuda.py", "--most", "1000")
+SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 TESTS = {
     "reference": ("", ("tests", "--backend", "reference", "--share", "24")),
     "numba": ("", ("tests", "--backend", "numba", "--share", "24")),
     "torch": ("[torch]", ("tests", "--share", "24")),
     "jax": ("[jax]", ("tests", "--backend", "reference", "--share", "48")),
     "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "64")),
+    "cuda": ("[torch]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "24")),
 }
 
 # Two processes of tests share the cores: threads that wait must not spin, and torch needs no more than one a process.
@@ -41,9 +44,15 @@ def tests(session: nox.Session, backend: str) -> None:
     """The test suite against one backend, with only its extra installed."""
     extra, options = TESTS[backend]
     session.install(*PINS, "-e", f".{extra}", "pytest", "pytest-xdist", "hypothesis")
-    simulators = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
     run = ("pytest", "-n", "2", "--dist", "loadgroup", *options, *session.posargs)
-    session.run(*run, env=SHARED_CORES | simulators)
+    session.run(*run, env=SHARED_CORES | SIMULATORS.get(backend, {}))
+
+
+@nox.session
+def ptx(session: nox.Session) -> None:
+    """Every CUDA kernel, compiled for two generations of GPUs on a machine that needs none."""
+    session.install(*PINS, "-e", ".[torch,cuda]", "pytest", "pytest-xdist", "hypothesis")
+    session.run("pytest", "-n", "2", "tests/test_cuda_ptx.py", *session.posargs, env=SHARED_CORES)
 
 
 @nox.session

@@ -1,7 +1,7 @@
 """The choice: every kernel that could run a problem, those that cannot with their reasons, and the first that can.
 
-Backends are asked in falling order of their ``preference``, a backend's kernels in the order in which it lists them,
-those that do not suit a problem last.
+Backends are asked in falling order of their ``preference``, a backend's kernels in the order in which it lists them;
+kernels that do not suit a problem come last, whoever they belong to.
 """
 
 from collections.abc import Iterator
@@ -57,9 +57,9 @@ def check_backend(name: str) -> None:
 
 def candidates(problem: Problem, backend: str) -> Iterator[Candidate]:
     """Every way to run a problem under ``backend=``, best first."""
-    for found in sorted(installed().values(), key=lambda b: -b.preference):
-        if backend in ("auto", found.name):
-            yield from _of_backend(problem, found, explicit=backend == found.name)
+    asked = [b for b in installed().values() if backend in ("auto", b.name)]
+    found = (c for b in sorted(asked, key=lambda b: -b.preference) for c in _of_backend(problem, b, backend == b.name))
+    yield from sorted(found, key=lambda c: c.kernel is not None and not c.kernel.suits(problem))
     if backend in ("auto", REFERENCE):
         yield Candidate(REFERENCE, None, None, Support.yes())
 
@@ -72,7 +72,7 @@ def _of_backend(problem: Problem, backend: Backend, explicit: bool) -> Iterator[
         yield Candidate(backend.name, None, None, status)
         return
     mine = (kernel for kernel in backend.kernels() if problem.spec.name in kernel.mixers)
-    for kernel in sorted(mine, key=lambda kernel: not kernel.suits(problem)):
+    for kernel in mine:
         support = kernel.supports(problem)
         config = kernel.configs(problem)[0] if support else None
         yield Candidate(backend.name, kernel, config, support)

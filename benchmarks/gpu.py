@@ -78,7 +78,7 @@ def draw(case: Case) -> dict[str, Tensor]:
 def ours(case: Case, x: dict[str, Tensor]) -> Run:
     """A pass of the kernel that a user gets."""
     mix = mixers.get(case.mixer, **dict(case.options))
-    return _pass(lambda **given: mix(**given, return_state=False).y, case.kind, x)
+    return bound(lambda **given: mix(**given, return_state=False).y, case.kind, x)
 
 
 def theirs(case: Case, x: dict[str, Tensor]) -> Run:
@@ -86,7 +86,7 @@ def theirs(case: Case, x: dict[str, Tensor]) -> Run:
     import fla.ops
 
     call = fla_calls()[case.mixer]
-    return _pass(lambda **given: call(fla.ops, given, case.scale)[0], case.kind, x)
+    return bound(lambda **given: call(fla.ops, given, case.scale)[0], case.kind, x)
 
 
 def fla_calls() -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _ttt(ops: Any, x: dict[str, Tensor], scale: float) -> Any:
     return chunk_ttt_linear(x["q"], x["k"], x["v"], weight, bias, eta, chunk_size=16)
 
 
-def _pass(call: Callable[..., Tensor], kind: str, x: dict[str, Tensor]) -> Run:
+def bound(call: Callable[..., Tensor], kind: str, x: dict[str, Tensor]) -> Run:
     x = dict(x)
     dy = x.pop("dy")
     if kind == FORWARD:

@@ -25,7 +25,7 @@ class CudaBackend:
 
     name = "cuda"
     summary = "NVIDIA GPUs, exact recurrences and decoding, torch tensors"
-    preference = 15
+    preference = 25
     recomputes = True
     place = Place(("torch",), ("cuda",))
 

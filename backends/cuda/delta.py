@@ -24,7 +24,7 @@ from .program import Constants, Program, constants
 MIXERS = frozenset({"linear_attention", "ssd", "gla", "delta_rule", "gated_delta_rule", "kda"})
 
 # Rows of a column, and the largest tile of state that a thread holds in registers.
-WIDEST, MOST_CELLS = 256, 64
+WIDEST, MOST_CELLS = 256, 32
 
 # Widths are rounded up to so many channels, so that few kernels serve all of them.
 GRANULE = WARP
@@ -92,6 +92,10 @@ class DeltaRecurrent(CudaKernel):
                 f"takes keys of up to {WIDEST} channels, and K = {key_dim}; backend='reference' takes any"
             )
         return Support.yes()
+
+    def suits(self, problem: Problem) -> bool:
+        """One token a sequence; chunks on tensor cores are faster for more, where somebody has them."""
+        return problem.single
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Few lanes a column where there are sequences enough to fill a GPU, more of them where there are not."""

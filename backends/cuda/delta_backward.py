@@ -19,7 +19,7 @@ import math
 
 import numpy as np
 
-from .device import WARP, load, other_lane, quad, store, sum_lanes
+from .device import WARP, cell, fetch, held, load, other_lane, quad, store, sum_lanes, widen
 from .source import cuda
 from .unroll import each, unrolled
 
@@ -35,7 +35,10 @@ def build(
     STATES, GROUPS = HOLD * CELLS, spacing // hold
     DELTA, DECAY = beta != "", decay
     GROUP_BITS, LANE_BITS = G.bit_length() - 1, WARP.bit_length() - 1
-    WIDE = -(-KP // WARP)
+    WIDE, DEEP = -(-KP // WARP), -(-spacing * BLOCK // THREADS)
+    ROUNDS = -(-spacing // W)
+    BATCH = min(2, ROUNDS)
+    BATCHES, PIECES = -(-ROUNDS // BATCH), BATCH * WIDE
     element = np.dtype(real)
     number = element.type
     zero, one, eps = number(0), number(1), number(1e-6)
@@ -45,9 +48,11 @@ def build(
     LEFT = max(1, R >> GROUP_BITS)
     flips = [other_lane(G >> (i + 1)) for i in range(GROUP_BITS)]
     STEPS = GROUP_BITS
-    read, read_real, write, write_real = load(kind), load(real), store(kind), store(real)
-    read_beta, read_decay = load(beta or real), load(decay_kind or real)
-    read_dy, read_dfinal, read_dmark = load(dy), load(dfinal), load(dmarks)
+    read_q, widen_q, read_real, write, write_real = fetch(kind), widen(kind), load(real), store(kind), store(real)
+    read_gate, widen_gate, bits, gate_bits = fetch(decay_kind), widen(decay_kind), held(kind), held(decay_kind)
+    read_dy, widen_dy, seed_bits = fetch(dy), widen(dy), held(dy)
+    read_beta, read_decay = load(beta or real), load(decay_kind)
+    read_dfinal, read_dmark = load(dfinal), load(dmarks)
     write_dq, write_dk, write_dg = store(dq_kind), store(dk_kind), store(dg_kind)
     write_dbeta, write_dinitial, read_offset = store(dbeta_kind), store(dinitial), load("int64")
     # Where things lie in shared memory.
@@ -108,6 +113,16 @@ def build(
         dks = cuda.local.array(R, number)
         dgs = cuda.local.array(R, number)
         us = cuda.local.array(C, number)
+        raw_q = cuda.local.array(PIECES, bits)
+        raw_k = cuda.local.array(PIECES, bits)
+        raw_d = cuda.local.array(PIECES, gate_bits)
+        raw_v = cuda.local.array(DEEP, bits)
+        raw_dy = cuda.local.array(DEEP, seed_bits)
+        some_e = cuda.local.array(DEEP, number)
+        some_q = cuda.local.array(WIDE, number)
+        some_k = cuda.local.array(WIDE, number)
+        for i in range(DEEP):
+            raw_dy[i] = 0
         seeds = cuda.local.array(C, number)
         dus = cuda.local.array(C, number)
         for e in range(STATES):
@@ -118,9 +133,10 @@ def build(
             for c in range(C):
                 column = begin + c0 + c * G
                 ds[r * C + c] = zero
-                if dfinal != 0 and row < K and column < V:
-                    at = n * dfinal_n + head * dfinal_h + row * dfinal_k + column * dfinal_v
-                    ds[r * C + c] = number(read_dfinal(dfinal, at))
+                if dfinal != 0:
+                    at = n * dfinal_n + head * dfinal_h + min(row, K - 1) * dfinal_k + min(column, V - 1) * dfinal_v
+                    found = number(read_dfinal(dfinal, at))
+                    ds[r * C + c] = found if row < K and column < V else zero
 
         # Which rows a lane has the sums of.
         mine = 0
@@ -134,54 +150,65 @@ def build(
             base = segment * SPACING
             count = min(np.int64(SPACING), length - base)
             cuda.syncthreads()
-            for t in range(warp, SPACING, W):
-                norm_q, norm_k = zero, zero
-                for i in range(WIDE):
-                    row = i * WARP + lane
-                    inside = t < count and row < K
-                    some_q = number(read(q, q_at + (base + t) * q_t + row * q_d)) if inside else zero
-                    some_k = number(read(k, k_at + (base + t) * k_t + row * k_d)) if inside else zero
-                    if norm != 0:
-                        norm_q += some_q * some_q
-                        norm_k += some_k * some_k
-                    if row < KP:
-                        memory[t * KP + row] = some_q
-                        memory[KEYS + t * KP + row] = some_k
+            for batch_of in range(BATCHES):
+                for m in range(BATCH):
+                    t = min(base + (batch_of * BATCH + m) * W + warp, length - 1)
+                    for i in range(WIDE):
+                        row = min(np.int64(i * WARP + lane), K - 1)
+                        raw_q[m * WIDE + i] = read_q(q, q_at + t * q_t + row * q_d)
+                        raw_k[m * WIDE + i] = read_q(k, k_at + t * k_t + row * k_d)
                         if DECAY == 2:
-                            fade = zero
-                            if inside:
-                                fade = number(math.exp(number(read_decay(g, g_at + (base + t) * g_t + row * g_d))))
-                            memory[FADES + t * KP + row] = fade
-                if norm != 0:
-                    norm_q = one / number(math.sqrt(across(norm_q) + eps))
-                    norm_k = one / number(math.sqrt(across(norm_k) + eps))
+                            raw_d[m * WIDE + i] = read_gate(g, g_at + t * g_t + row * g_d)
+                for m in range(BATCH):
+                    t = (batch_of * BATCH + m) * W + warp
+                    norm_q, norm_k = zero, zero
+                    for i in range(WIDE):
+                        inside = t < count and i * WARP + lane < K
+                        some_q[i] = number(widen_q(raw_q[m * WIDE + i])) if inside else zero
+                        some_k[i] = number(widen_q(raw_k[m * WIDE + i])) if inside else zero
+                        norm_q += some_q[i] * some_q[i]
+                        norm_k += some_k[i] * some_k[i]
+                    if norm != 0:
+                        norm_q = one / number(math.sqrt(across(norm_q) + eps))
+                        norm_k = one / number(math.sqrt(across(norm_k) + eps))
+                        for i in range(WIDE):
+                            some_q[i] *= norm_q
+                            some_k[i] *= norm_k
                     for i in range(WIDE):
                         row = i * WARP + lane
-                        if row < KP:
-                            memory[t * KP + row] *= norm_q
-                            memory[KEYS + t * KP + row] *= norm_k
-            for at in range(thread, SPACING * BLOCK, THREADS):
-                t, column = at // BLOCK, at % BLOCK
-                inside = t < count and begin + column < V
-                some, seed = zero, zero
-                if inside:
-                    if DELTA:
-                        some = read_real(errors, ((row_at + base + t) * heads + head) * V + begin + column)
-                    else:
-                        some = number(read(v, v_at + (base + t) * v_t + column * v_d))
-                    if dy != 0:
-                        seed = number(read_dy(dy, dy_at + (base + t) * dy_t + column * dy_d))
-                memory[WRITES + at] = some
-                memory[SEEDS + at] = seed
-            for t in range(thread, SPACING, THREADS):
+                        if row < KP and t < SPACING:
+                            memory[t * KP + row] = some_q[i]
+                            memory[KEYS + t * KP + row] = some_k[i]
+                            if DECAY == 2:
+                                fade = number(math.exp(number(widen_gate(raw_d[m * WIDE + i]))))
+                                memory[FADES + t * KP + row] = fade if t < count and row < K else zero
+            for i in range(DEEP):
+                at = i * THREADS + thread
+                t = min(base + at // BLOCK, length - 1)
+                column = min(begin + at % BLOCK, V - 1) - begin
+                if DELTA:
+                    some_e[i] = read_real(errors, ((row_at + t) * heads + head) * V + begin + column)
+                else:
+                    raw_v[i] = read_q(v, v_at + t * v_t + column * v_d)
+                if dy != 0:
+                    raw_dy[i] = read_dy(dy, dy_at + t * dy_t + column * dy_d)
+            for i in range(DEEP):
+                at = i * THREADS + thread
+                inside = at // BLOCK < count and begin + at % BLOCK < V
+                some = some_e[i] if DELTA else number(widen_q(raw_v[i]))
+                seed = number(widen_dy(raw_dy[i])) if dy != 0 else zero
+                if at < SPACING * BLOCK:
+                    memory[WRITES + at] = some if inside else zero
+                    memory[SEEDS + at] = seed if inside else zero
+            for at in range(thread, SPACING, THREADS):
+                t = min(base + at, length - 1)
                 some, fade = one, one
-                if t < count:
-                    if DELTA:
-                        some = number(read_beta(beta, beta_at + (base + t) * beta_t))
-                    if DECAY == 1:
-                        fade = number(math.exp(number(read_decay(g, g_at + (base + t) * g_t))))
-                memory[BETAS + t] = some
-                memory[DECAYS + t] = fade
+                if DELTA:
+                    some = number(read_beta(beta, beta_at + t * beta_t))
+                if DECAY == 1:
+                    fade = number(math.exp(number(read_decay(g, g_at + t * g_t))))
+                memory[BETAS + at] = some
+                memory[DECAYS + at] = fade
             for e in range(CELLS):
                 at = ((((keep + segment) * heads + head) * blocks + part) * CELLS + e) * THREADS + thread
                 s[e] = read_real(kept, at)
@@ -195,9 +222,9 @@ def build(
                 if a + 1 < groups:
                     for m in range(HOLD):
                         t = a * HOLD + m
-                        strength, fade = memory[BETAS + t], memory[DECAYS + t]
+                        strength, fade = cell(memory, BETAS + t), cell(memory, DECAYS + t)
                         for c in range(C):
-                            us[c] = strength * memory[WRITES + t * BLOCK + c0 + c * G]
+                            us[c] = strength * cell(memory, WRITES + t * BLOCK + c0 + c * G)
                         for x in range(QUADS):
                             at = t * KP + 4 * (x * L + share)
                             four = quad(memory, KEYS + at)
@@ -228,9 +255,9 @@ def build(
                     for e in range(CELLS):
                         states[STATES - CELLS + e] = s[e]
                     t = a * HOLD + m
-                    strength, fade = memory[BETAS + t], memory[DECAYS + t]
+                    strength, fade = cell(memory, BETAS + t), cell(memory, DECAYS + t)
                     for c in range(C):
-                        us[c] = strength * memory[WRITES + t * BLOCK + c0 + c * G]
+                        us[c] = strength * cell(memory, WRITES + t * BLOCK + c0 + c * G)
                     for x in range(QUADS):
                         at = t * KP + 4 * (x * L + share)
                         four = quad(memory, KEYS + at)
@@ -257,7 +284,7 @@ def build(
                         states[STATES - 1 - e] = states[STATES - CELLS - 1 - e]
                     if t < count:
                         token = base + t
-                        strength, fade = memory[BETAS + t], memory[DECAYS + t]
+                        strength, fade = cell(memory, BETAS + t), cell(memory, DECAYS + t)
                         if dmarks != 0 and (token + 1) % every == 0:
                             mark = mark_at + (token + 1) // every - 1
                             for r in range(R):
@@ -282,8 +309,8 @@ def build(
                                     dd[4 * x + i] = four[i]
                         dstrength, dfade = zero, zero
                         for c in range(C):
-                            us[c] = strength * memory[WRITES + t * BLOCK + c0 + c * G]
-                            seeds[c] = memory[SEEDS + t * BLOCK + c0 + c * G]
+                            us[c] = strength * cell(memory, WRITES + t * BLOCK + c0 + c * G)
+                            seeds[c] = cell(memory, SEEDS + t * BLOCK + c0 + c * G)
                             dus[c] = zero
                         for r in range(R):
                             dqs[r] = zero
@@ -304,7 +331,7 @@ def build(
                         for c in range(C):
                             dus[c] = along(dus[c])
                             if DELTA:
-                                dstrength += dus[c] * memory[WRITES + t * BLOCK + c0 + c * G]
+                                dstrength += dus[c] * cell(memory, WRITES + t * BLOCK + c0 + c * G)
                                 dus[c] = strength * dus[c]
                             if share == c % L and begin + c0 + c * G < V:
                                 write(dv, ((row_at + token) * heads + head) * V + begin + c0 + c * G, dus[c])
@@ -365,10 +392,10 @@ def build(
                         to = ((part_at + base + a * HOLD + m) * heads + head) * K + row
                         total, other, third = zero, zero, zero
                         for w in range(W):
-                            total += memory[SUMS + w * HOLD * KP + at]
-                            other += memory[SUMS + ROW_SUMS + w * HOLD * KP + at]
+                            total += cell(memory, SUMS + w * HOLD * KP + at)
+                            other += cell(memory, SUMS + ROW_SUMS + w * HOLD * KP + at)
                             if DECAY == 2:
-                                third += memory[SUMS + 2 * ROW_SUMS + w * HOLD * KP + at]
+                                third += cell(memory, SUMS + 2 * ROW_SUMS + w * HOLD * KP + at)
                         write_dq(dq, to, gain * total)
                         write_dk(dk, to, other)
                         if DECAY == 2:
@@ -378,9 +405,9 @@ def build(
                     total, other = zero, zero
                     for w in range(W):
                         if DELTA:
-                            total += memory[SCALARS + w * HOLD + thread]
+                            total += cell(memory, SCALARS + w * HOLD + thread)
                         if DECAY == 1:
-                            other += memory[SCALARS + W * HOLD + w * HOLD + thread]
+                            other += cell(memory, SCALARS + W * HOLD + w * HOLD + thread)
                     if DELTA:
                         write_dbeta(dbeta, to, total)
                     if DECAY == 1:

@@ -17,7 +17,7 @@ import math
 
 import numpy as np
 
-from .device import WARP, load, quad, store, sum_lanes
+from .device import WARP, cell, fetch, held, load, quad, store, sum_lanes, widen
 from .source import cuda
 
 BUFFERS = 3
@@ -36,7 +36,7 @@ def build(
     """
     L, R, C, W, G = lanes, rows, columns, warps, WARP // lanes
     KP, BLOCK, THREADS = L * R, warps * G * columns, warps * WARP
-    QUADS, CELLS = R // 4, R * C
+    QUADS, CELLS, TWICE = R // 4, R * C, 2 * C
     ROUNDS, WIDE, DEEP = -(-tile // W), -(-KP // WARP), -(-tile * BLOCK // THREADS)
     DELTA, DECAY, READS, KEEPS = beta != "", decay, reads, keeps
     ROWS, PIECES = tile * KP, ROUNDS * WIDE
@@ -46,8 +46,10 @@ def build(
     zero, one, eps = number(0), number(1), number(1e-6)
     along = sum_lanes(G.bit_length() - 1, WARP.bit_length() - 1)
     across = sum_lanes(0, WARP.bit_length() - 1)
-    read, write, write_real = load(kind), store(kind), store(real)
-    read_beta, read_decay = load(beta or real), load(decay_kind or real)
+    read_q, widen_q, write, write_real = fetch(kind), widen(kind), store(kind), store(real)
+    read_gate, widen_gate = fetch(decay_kind), widen(decay_kind)
+    bits, gate_bits = held(kind), held(decay_kind)
+    read_beta, read_decay = load(beta or real), load(decay_kind)
     read_first, read_source = load(first), load(source)
     write_target, write_mark = store(target), store(marks)
     read_slot, read_out_slot, read_fresh = load(slots), load(out_slots), load(fresh)
@@ -81,7 +83,7 @@ def build(
             batch, start = np.int64(0), read_offset(offsets, n)
             length = read_offset(offsets, n + 1) - start
 
-        # The state.
+        # The state. Nothing is loaded under a condition of its own: loads wait for none, branches would for each.
         source, target = n, n
         if slots != 0:
             source, target = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
@@ -90,19 +92,26 @@ def build(
         if fresh != 0:
             begins = read_fresh(fresh, n * fresh_n) != 0
         s = cuda.local.array(CELLS, number)
-        for r in range(R):
-            row = r // 4 * 4 * L + 4 * share + r % 4
-            for c in range(C):
-                column = begin + c0 + c * G
-                found = zero
-                if row < K and column < V:
-                    if begins:
-                        at = n * initial_n + head * initial_h + row * initial_k + column * initial_v
-                        found = number(read_first(initial, at))
-                    elif real_slot:
-                        at = source * origin_n + head * origin_h + row * origin_k + column * origin_v
-                        found = number(read_source(origin, at))
-                s[r * C + c] = found
+        for e in range(CELLS):
+            s[e] = zero
+        if begins:
+            at = n * initial_n + head * initial_h
+            for r in range(R):
+                row = r // 4 * 4 * L + 4 * share + r % 4
+                for c in range(C):
+                    column = begin + c0 + c * G
+                    away = min(row, K - 1) * initial_k + min(column, V - 1) * initial_v
+                    found = number(read_first(initial, at + away))
+                    s[r * C + c] = found if row < K and column < V else zero
+        elif real_slot:
+            at = source * origin_n + head * origin_h
+            for r in range(R):
+                row = r // 4 * 4 * L + 4 * share + r % 4
+                for c in range(C):
+                    column = begin + c0 + c * G
+                    away = min(row, K - 1) * origin_k + min(column, V - 1) * origin_v
+                    found = number(read_source(origin, at + away))
+                    s[r * C + c] = found if row < K and column < V else zero
 
         q_at = batch * q_b + start * q_t + head // group * q_h
         k_at = batch * k_b + start * k_t + head // group * k_h
@@ -122,15 +131,24 @@ def build(
         keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
         gain = number(scale)
 
-        some_q = cuda.local.array(PIECES, number)
-        some_k = cuda.local.array(PIECES, number)
-        some_d = cuda.local.array(PIECES, number)
-        some_v = cuda.local.array(DEEP, number)
-        some_beta, some_decay = zero, one
+        raw_q = cuda.local.array(PIECES, bits)
+        raw_k = cuda.local.array(PIECES, bits)
+        raw_d = cuda.local.array(PIECES, gate_bits)
+        raw_v = cuda.local.array(DEEP, bits)
+        some_q = cuda.local.array(WIDE, number)
+        some_k = cuda.local.array(WIDE, number)
+        some_beta, some_decay = zero, zero
+        for i in range(PIECES):
+            raw_q[i] = 0
+            raw_k[i] = 0
+            raw_d[i] = 0
+        for i in range(DEEP):
+            raw_v[i] = 0
         kk = cuda.local.array(R, number)
         dd = cuda.local.array(R, number)
         guess = cuda.local.array(C, number)
-        out = cuda.local.array(C, number)
+        out = cuda.local.array(TWICE, number)
+        ahead_sums = cuda.local.array(TWICE, number)
         us = cuda.local.array(C, number)
         for c in range(C):
             guess[c] = zero
@@ -145,58 +163,63 @@ def build(
                 buffer = j % BUFFERS
                 for m in range(ROUNDS):
                     t = m * W + warp
+                    norm_q, norm_k = zero, zero
+                    for i in range(WIDE):
+                        inside = j * tile + t < length and i * WARP + lane < K
+                        some_q[i] = number(widen_q(raw_q[m * WIDE + i])) if READS and inside else zero
+                        some_k[i] = number(widen_q(raw_k[m * WIDE + i])) if inside else zero
+                        norm_q += some_q[i] * some_q[i]
+                        norm_k += some_k[i] * some_k[i]
                     if norm != 0:
-                        norm_q, norm_k = zero, zero
-                        for i in range(WIDE):
-                            norm_q += some_q[m * WIDE + i] * some_q[m * WIDE + i]
-                            norm_k += some_k[m * WIDE + i] * some_k[m * WIDE + i]
                         norm_q = one / number(math.sqrt(across(norm_q) + eps))
                         norm_k = one / number(math.sqrt(across(norm_k) + eps))
                         for i in range(WIDE):
-                            some_q[m * WIDE + i] *= norm_q
-                            some_k[m * WIDE + i] *= norm_k
+                            some_q[i] *= norm_q
+                            some_k[i] *= norm_k
                     if t < tile:
                         to = buffer * ROWS + t * KP
                         for i in range(WIDE):
                             row = i * WARP + lane
                             if row < KP:
-                                queries[to + row] = some_q[m * WIDE + i]
-                                keys[to + row] = some_k[m * WIDE + i]
+                                queries[to + row] = some_q[i]
+                                keys[to + row] = some_k[i]
                                 if DECAY == 2:
-                                    fades[to + row] = some_d[m * WIDE + i]
+                                    fade = number(math.exp(number(widen_gate(raw_d[m * WIDE + i]))))
+                                    fades[to + row] = fade if j * tile + t < length and row < K else zero
                 for i in range(DEEP):
                     at = i * THREADS + thread
                     if at < tile * BLOCK:
-                        values[buffer * tile * BLOCK + at] = some_v[i]
+                        inside = j * tile + at // BLOCK < length and begin + at % BLOCK < V
+                        values[buffer * tile * BLOCK + at] = number(widen_q(raw_v[i])) if inside else zero
                 if thread < tile:
                     betas[buffer * tile + thread] = some_beta
-                    decays[buffer * tile + thread] = some_decay
+                    if DECAY == 1:
+                        decays[buffer * tile + thread] = number(math.exp(some_decay))
                 cuda.syncthreads()
 
-            # Tile j + 1: from memory to registers.
+            # Tile j + 1: from memory to registers, as it lies there; whoever is outside loads what its neighbour does.
             first_token = (j + 1) * tile
-            for m in range(ROUNDS):
-                t = first_token + m * W + warp
-                for i in range(WIDE):
-                    row = i * WARP + lane
-                    inside = t < length and row < K and m * W + warp < tile
-                    some_q[m * WIDE + i] = number(read(q, q_at + t * q_t + row * q_d)) if READS and inside else zero
-                    some_k[m * WIDE + i] = number(read(k, k_at + t * k_t + row * k_d)) if inside else zero
-                    if DECAY == 2:
-                        fade = zero
-                        if inside:
-                            fade = number(math.exp(number(read_decay(g, g_at + t * g_t + row * g_d))))
-                        some_d[m * WIDE + i] = fade
-            for i in range(DEEP):
-                at = i * THREADS + thread
-                t, column = first_token + at // BLOCK, at % BLOCK
-                inside = t < length and begin + column < V and at < tile * BLOCK
-                some_v[i] = number(read(v, v_at + t * v_t + column * v_d)) if inside else zero
-            if thread < tile and first_token + thread < length:
-                if DELTA:
-                    some_beta = number(read_beta(beta, beta_at + (first_token + thread) * beta_t))
-                if DECAY == 1:
-                    some_decay = number(math.exp(number(read_decay(g, g_at + (first_token + thread) * g_t))))
+            if first_token < length:
+                for m in range(ROUNDS):
+                    t = min(first_token + m * W + warp, length - 1)
+                    for i in range(WIDE):
+                        row = min(np.int64(i * WARP + lane), K - 1)
+                        if READS:
+                            raw_q[m * WIDE + i] = read_q(q, q_at + t * q_t + row * q_d)
+                        raw_k[m * WIDE + i] = read_q(k, k_at + t * k_t + row * k_d)
+                        if DECAY == 2:
+                            raw_d[m * WIDE + i] = read_gate(g, g_at + t * g_t + row * g_d)
+                for i in range(DEEP):
+                    at = i * THREADS + thread
+                    t = min(first_token + at // BLOCK, length - 1)
+                    column = min(begin + at % BLOCK, V - 1) - begin
+                    raw_v[i] = read_q(v, v_at + t * v_t + column * v_d)
+                if thread < tile:
+                    t = min(first_token + thread, length - 1)
+                    if DELTA:
+                        some_beta = number(read_beta(beta, beta_at + t * beta_t))
+                    if DECAY == 1:
+                        some_decay = number(read_decay(g, g_at + t * g_t))
 
             # Tile j − 1: what its tokens do to the state.
             if j == 1 and DELTA:
@@ -218,7 +241,6 @@ def build(
                 here = (j - 1) % BUFFERS
                 tokens_here = min(np.int64(tile), length - (j - 1) * tile)
                 for t in range(tokens_here):
-                    token = (j - 1) * tile + t
                     if KEEPS:
                         if until_keep == 0:
                             for e in range(CELLS):
@@ -238,17 +260,20 @@ def build(
                                 four = quad(fades, at + 4 * (x * L + share))
                                 for i in range(4):
                                     dd[4 * x + i] = four[i]
-                    strength, fade = betas[here * tile + t], decays[here * tile + t]
+                    strength = cell(betas, here * tile + t)
+                    fade = cell(decays, here * tile + t) if DECAY == 1 else one
                     for c in range(C):
-                        value = values[(here * tile + t) * BLOCK + c0 + c * G]
+                        value = cell(values, (here * tile + t) * BLOCK + c0 + c * G)
                         if DELTA:
                             value = value - (fade * guess[c] if DECAY == 1 else guess[c])
                             if KEEPS and share == c % L and begin + c0 + c * G < V:
-                                write_real(errors, y_at + token * heads * V + c0 + c * G, value)
+                                write_real(errors, y_at + c0 + c * G, value)
                             value = strength * value
                         us[c] = value
                         out[c] = zero
-                        guess[c] = zero
+                        out[C + c] = zero
+                        ahead_sums[c] = zero
+                        ahead_sums[C + c] = zero
                     for r in range(R):
                         for c in range(C):
                             old = s[r * C + c]
@@ -267,7 +292,7 @@ def build(
                             four = quad(queries, at + 4 * (x * L + share))
                             for i in range(4):
                                 for c in range(C):
-                                    out[c] += s[(4 * x + i) * C + c] * four[i]
+                                    out[x % 2 * C + c] += s[(4 * x + i) * C + c] * four[i]
                         if DELTA:
                             four = quad(keys, ahead + 4 * (x * L + share))
                             for i in range(4):
@@ -279,17 +304,18 @@ def build(
                             for i in range(4):
                                 r = 4 * x + i
                                 for c in range(C):
-                                    guess[c] += s[r * C + c] * (kk[r] * dd[r] if DECAY == 2 else kk[r])
+                                    ahead_sums[x % 2 * C + c] += s[r * C + c] * (kk[r] * dd[r] if DECAY == 2 else kk[r])
                     for c in range(C):
                         if READS:
-                            out[c] = along(out[c])
+                            out[c] = along(out[c] + out[C + c])
                         if DELTA:
-                            guess[c] = along(guess[c])
+                            guess[c] = along(ahead_sums[c] + ahead_sums[C + c])
                     if READS:
                         for c in range(C):
                             if share == c % L and begin + c0 + c * G < V:
                                 answer = gain * out[c] if real_slot else zero
-                                write(y, y_at + token * heads * V + c0 + c * G, answer)
+                                write(y, y_at + c0 + c * G, answer)
+                    y_at += heads * V
                     if checkpoints != 0:
                         until_mark -= 1
                         if until_mark == 0:

@@ -10,6 +10,7 @@ from .source import intrinsic
 
 # How the lanes of a warp exchange numbers.
 _EVERY_LANE, _BUTTERFLY = 0xFFFFFFFF, 3
+_HALVES = ("bfloat16", "float16")
 _BITS = {
     "float64": 64, "float32": 32, "bfloat16": 16, "float16": 16,
     "int64": 64, "int32": 32, "int16": 16, "int8": 8, "bool": 8, "uint8": 8,
@@ -52,6 +53,41 @@ def load(kind):
         return _register(kind)(types.int64, types.int64), emit
 
     return read
+
+
+@functools.cache
+def fetch(kind):
+    """``bits(address, index)``: an element of global memory as it lies there, for ``widen``."""
+
+    @intrinsic
+    def bits(typing_context, address, index):
+        def emit(context, builder, signature, values):
+            found = builder.load(_pointer(builder, *values, "int16" if kind in _HALVES else kind))
+            return builder.zext(found, ir.IntType(32)) if kind in _HALVES else found
+
+        return (types.int32 if kind in _HALVES else _register(kind))(types.int64, types.int64), emit
+
+    return bits
+
+
+@functools.cache
+def widen(kind):
+    """``number(bits)``: what ``fetch`` found, as a number."""
+
+    @intrinsic
+    def number(typing_context, bits):
+        def emit(context, builder, signature, values):
+            (found,) = values
+            if kind == "bfloat16":
+                return builder.bitcast(builder.shl(found, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+            if kind == "float16":
+                half = builder.bitcast(builder.trunc(found, ir.IntType(16)), ir.HalfType())
+                return builder.fpext(half, ir.FloatType())
+            return found
+
+        return _register(kind)(bits), emit
+
+    return number
 
 
 @functools.cache
@@ -124,6 +160,17 @@ def sum_lanes(first, last):
         return value(value), emit
 
     return total
+
+
+@intrinsic
+def cell(typing_context, array, index):
+    """One element of a shared array; an index from the end is not understood, and costs nothing."""
+
+    def emit(context, builder, signature, values):
+        held = context.make_array(signature.args[0])(context, builder, values[0])
+        return builder.load(builder.gep(held.data, [values[1]]))
+
+    return array.dtype(array, types.int64), emit
 
 
 @intrinsic

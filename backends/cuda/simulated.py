@@ -40,6 +40,15 @@ def load(kind):
     return read
 
 
+fetch = load
+
+
+@functools.cache
+def widen(kind):
+    """See ``native.widen``: ``fetch`` found a number already."""
+    return lambda number: number
+
+
 @functools.cache
 def store(kind):
     """See ``native.store``."""
@@ -84,6 +93,11 @@ def sum_lanes(first, last):
         return value
 
     return total
+
+
+def cell(array, index):
+    """See ``native.cell``."""
+    return array[index]
 
 
 def quad(array, index):
