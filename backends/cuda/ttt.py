@@ -46,8 +46,8 @@ class TTTRecurrent(CudaKernel):
         return Support.yes()
 
     def suits(self, problem: Problem) -> bool:
-        """A few tokens; chunks of tensor cores are faster for many."""
-        return problem.single
+        """Not before others: mini-batches are products of matrices, which tensor cores do faster."""
+        return False
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """The likeliest first."""
@@ -64,9 +64,11 @@ class TTTRecurrent(CudaKernel):
 
 
 def fitting(problem: Problem) -> list[dict[str, int]]:
-    """Configurations with few enough numbers a thread."""
-    most = MOST_CELLS // 2 if problem.compute_dtype == "float64" else MOST_CELLS
-    return [c for c in layouts(problem) if WARP < 32 or c["rows"] * c["columns"] <= most]
+    """Configurations with few numbers a thread, then those with more, as far as they go."""
+    few = MOST_CELLS // (4 if problem.compute_dtype == "float64" else 2)
+    found = [(c["rows"] * c["columns"], c) for c in layouts(problem)]
+    kept = [(cells, c) for cells, c in found if WARP < 32 or cells <= 2 * few]
+    return [c for cells, c in sorted(kept, key=lambda pair: pair[0] > few)]
 
 
 def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:

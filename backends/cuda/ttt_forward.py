@@ -6,8 +6,8 @@
 
 A block has one head: W and P lie in registers as the slots of Lattice do (``lattice_forward``), rows over warps and
 ``M`` neighbouring lanes, columns over ``L`` lanes; c, p and the rows of a token over the columns of every thread. What
-is summed over rows (kW, qW and qP, all before the token's own write, which adds ⟨q,k⟩ beta G) meets in shared memory,
-with one barrier a token; sums over columns are sums over lanes.
+is summed over rows (kW, qW and qP, all before the token's own write, which adds ⟨q,k⟩ beta G) meets in shared memory;
+sums over columns are sums over lanes.
 
 For a backward it leaves W and c where every mini-batch begins, and x, x̄, beta G and qP + p of every token.
 """
@@ -32,7 +32,7 @@ def build(
     KP, VP, THREADS, CELLS, DEEP = R * M * W, C * L, W * WARP, R * C, -(-R * M * W // WARP)
     OWN, CHOSEN = shares(C, 0, BITS)
     SOME, SOME_V = -(-tile * KP // THREADS), -(-tile * VP // THREADS)
-    ALL_ROWS, ALL_COLUMNS, ALL_PARTS = tile * KP, tile * VP, 2 * 3 * W * VP
+    ALL_ROWS, ALL_COLUMNS, ALL_PARTS = tile * KP, tile * VP, 3 * W * VP
     KEEPS, READS = keeps, reads
     number = np.dtype(real).type
     zero, one, eps = number(0), number(1), number(EPS)
@@ -154,7 +154,7 @@ def build(
             met = all_lanes(met)
             for i in range(R):
                 kk[i], qq[i] = keys[u * np.int32(KP) + row0 + i], queries[u * np.int32(KP) + row0 + i]
-            side = np.int32(t & 1) * np.int32(3 * W * VP)
+            cuda.syncthreads()
             for which in range(3):
                 for j in range(C):
                     sums[j] = zero
@@ -163,12 +163,12 @@ def build(
                         cell = p[i * C + j] if which == 2 else w[i * C + j]
                         sums[j] += (kk[i] if which == 0 else qq[i]) * cell
                 across(sums)
-                at = side + np.int32(which * W * VP) + warp * np.int32(VP) + mine
+                at = np.int32(which * W * VP) + warp * np.int32(VP) + mine
                 for j in range(OWN):
                     parts[at + j // 4 * 4 * L + j % 4] = sums[j]
             cuda.syncthreads()
             for which in range(3):
-                at = side + np.int32(which * W * VP) + mine
+                at = np.int32(which * W * VP) + mine
                 for j in range(OWN):
                     total = zero
                     for one_warp in range(W):
