@@ -5,6 +5,9 @@
     unfold(8, 0, 2)(array)        the way back: from the two numbers that each lane keeps to all 8, in every lane
     any_lane(flag)                whether any lane of the warp says so
     rsqrt(x)                      1/√x
+    base = shared_place(array)    where a shared array lies, worked out once and kept in a register
+    get(real, 4)(base, i)         four neighbours of it as a tuple, i a multiple of 4; so for 2 and 1
+    put(real)(base, i, x)         one of them; put_four(real)(base, i, a, b, c, d)
     read_four(real)(address, i)   four neighbours of global memory, i a multiple of 4 and 16 bytes for each; write_four
 
 A fold of n numbers costs n − 1 exchanges where n sums would cost n a bit. Each name has a twin for the simulator.
@@ -166,6 +169,37 @@ if SIMULATED:
         """In the dtype of x."""
         return type(x)(1) / np.sqrt(x)
 
+    def shared_place(array):
+        """The array itself."""
+        return array
+
+    @functools.cache
+    def get(real, count):
+        """See the module."""
+
+        def found(base, index):
+            return tuple(base[index + i] for i in range(count))
+
+        return found
+
+    @functools.cache
+    def put(real):
+        """See the module."""
+
+        def store(base, index, x):
+            base[index] = x
+
+        return store
+
+    @functools.cache
+    def put_four(real):
+        """See the module."""
+
+        def store(base, index, a, b, c, d):
+            base[index : index + 4] = a, b, c, d
+
+        return store
+
     @functools.cache
     def read_four(real):
         """See the module."""
@@ -216,6 +250,81 @@ else:
             return builder.fdiv(ir.Constant(kind, 1), found) if double else found
 
         return x(x), emit
+
+    @intrinsic
+    def shared_place(typing_context, array):
+        """The address of a shared array in its own space; left to itself, the compiler asks for it at every access."""
+
+        def emit(context, builder, signature, values):
+            word = ir.IntType(32)
+            data = context.make_array(signature.args[0])(context, builder, values[0]).data
+            place = builder.addrspacecast(data, ir.PointerType(data.type.pointee, 3))
+            move = ir.InlineAsm(ir.FunctionType(word, [word]), "mov.u32 $0, $1;", "=r,r", side_effect=True)
+            return builder.call(move, [builder.ptrtoint(place, word)])
+
+        return types.int32(array), emit
+
+    def _shared(builder, base, index, real, count):
+        """A vector of shared memory, and its alignment."""
+        size, word = _BITS[real] // 8, ir.IntType(32)
+        at = builder.add(base, builder.mul(builder.trunc(index, word), ir.Constant(word, size)))
+        kind = ir.DoubleType() if real == "float64" else ir.FloatType()
+        kind = kind if count == 1 else ir.VectorType(kind, count)
+        return builder.inttoptr(at, ir.PointerType(kind, 3)), min(16, size * count)
+
+    @functools.cache
+    def get(real, count):
+        """See the module."""
+
+        @intrinsic
+        def found(typing_context, base, index):
+            def emit(context, builder, signature, values):
+                place, align = _shared(builder, *values, real, count)
+                four = builder.load(place, align=align)
+                parts = [builder.extract_element(four, ir.Constant(ir.IntType(32), i)) for i in range(count)]
+                return context.make_tuple(builder, signature.return_type, parts)
+
+            def emit_one(context, builder, signature, values):
+                place, align = _shared(builder, *values, real, 1)
+                return context.make_tuple(builder, signature.return_type, [builder.load(place, align=align)])
+
+            return types.UniTuple(_register(real), count)(types.int32, types.int64), emit_one if count == 1 else emit
+
+        return found
+
+    @functools.cache
+    def put(real):
+        """See the module."""
+
+        @intrinsic
+        def store(typing_context, base, index, x):
+            def emit(context, builder, signature, values):
+                place, align = _shared(builder, values[0], values[1], real, 1)
+                builder.store(values[2], place, align=align)
+                return context.get_dummy_value()
+
+            return types.void(types.int32, types.int64, _register(real)), emit
+
+        return store
+
+    @functools.cache
+    def put_four(real):
+        """See the module."""
+
+        @intrinsic
+        def store(typing_context, base, index, a, b, c, d):
+            def emit(context, builder, signature, values):
+                base, index, *parts = values
+                place, align = _shared(builder, base, index, real, 4)
+                four = ir.Constant(place.type.pointee, ir.Undefined)
+                for i, part in enumerate(parts):
+                    four = builder.insert_element(four, part, ir.Constant(ir.IntType(32), i))
+                builder.store(four, place, align=align)
+                return context.get_dummy_value()
+
+            return types.void(types.int32, types.int64, *[_register(real)] * 4), emit
+
+        return store
 
     def _four(builder, address, index, real):
         """A vector of global memory."""

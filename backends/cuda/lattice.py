@@ -31,9 +31,9 @@ LANES = (8, 4, 16, 2) if WARP == 32 else (2,)
 # Bytes of shared memory that a kernel has without asking for more.
 SHARED = 48 * 1024
 
-# Tokens whose slots a backward computes again at a time, and the shared memory that they may take.
-SEGMENTS = (16, 8, 4)
-MOST_SHARED = 160 * 1024
+# Tokens whose slots a backward computes again at a time, whether these wait in shared memory, and how much there is.
+SEGMENTS = ((12, True), (8, True), (16, False), (8, False), (4, False))
+MOST_SHARED = 224 * 1024
 
 
 def layouts(problem: Problem) -> list[dict[str, int]]:
@@ -188,8 +188,8 @@ def run_forward(
     FORWARD(x["q"], chosen, s.N * s.H, config["warps"] * WARP, numbers, (problem.option["scale"],))
 
 
-def backward_layout(problem: Problem) -> tuple[dict[str, int], int]:
-    """How the backward lays out a head, which it holds twice, and the tokens of a segment."""
+def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
+    """How the backward lays out a head, which it holds twice, the tokens of a segment, and whether they wait near."""
     double = problem.compute_dtype == "float64"
     most = 16 if double else 32
     found = layouts(problem)
@@ -197,20 +197,22 @@ def backward_layout(problem: Problem) -> tuple[dict[str, int], int]:
     shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
     per_slot = problem.layout("beta") == "B T H K"
     size = 8 if double else 4
-    segment = next(n for n in SEGMENTS if numbers_of(**shape, segment=n, per_slot=per_slot) * size <= MOST_SHARED)
-    return config, segment
+    for segment, near in SEGMENTS:
+        if numbers_of(**shape, segment=segment, per_slot=per_slot, near=near) * size <= MOST_SHARED:
+            break
+    return config, segment, near
 
 
 def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     """Queue the backward."""
     s, real, q = problem.sizes, problem.compute_dtype, x["q"]
-    config, segment = backward_layout(problem)
+    config, segment, near = backward_layout(problem)
     shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
     threads, heads, tokens = config["warps"] * WARP, s.N * s.H, s.B * s.T
     cells = threads * config["rows"] * config["columns"]
     kept = empty(((tokens // segment + s.N) * s.H * cells,), real, q)
     measured = empty((tokens * s.H * (2 * s.K + s.V),), real, q)
-    scratch = empty((heads * segment * cells,), real, q)
+    scratch = empty((0 if near else heads * segment * cells,), real, q)
     run_forward(problem, config, x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
 
     # Heads that share a key leave their parts of its gradient, to be added up.
@@ -218,7 +220,7 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     dy, final, marks = (dout.get(name) for name in ("y", "final.state", "checkpoint.state"))
     first, decay = dx.get("initial.state"), dx.get("log_decay")
     constant = shape_of(problem, shape, x) | {
-        "segment": segment, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real, "dmarks": kind(marks) or real,
+        "segment": segment, "near": near, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real, "dmarks": kind(marks) or real,
         "dinitial": kind(first) or real, "dq": kind(rows["q"]), "dk": kind(rows["k"]), "dbeta": kind(dx["beta"]),
         "dg": kind(decay) or real,
     }  # fmt: skip
@@ -228,7 +230,7 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
         *place(kept, 0), *place(measured, 0), *place(scratch, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, s.H,
         s.H // s.G,
     )  # fmt: skip
-    held = numbers_of(**shape, segment=segment, per_slot=constant["per_slot"]) * SIZES[real]
+    held = numbers_of(**shape, segment=segment, per_slot=constant["per_slot"], near=near) * SIZES[real]
     BACKWARD(q, constants(constant), heads, threads, numbers, (problem.option["scale"],), held)
     for name in ("q", "k") if s.G != s.H else ():
         gather(problem, rows[name], dx[name], 1, x[name], (s.G, s.H // s.G, s.K), 0)

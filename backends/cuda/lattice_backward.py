@@ -8,7 +8,7 @@ With G = dL/ds' (the carry and scale q dyᵀ), λ = ⟨G,s'⟩, D = dL/ds̃ = (G
 All of them are sums of a few dot products of a slot, ⟨G,s⟩, ⟨G,h⟩, ⟨s,dy⟩, ⟨s,s⟩, times numbers that the forward has
 left (a, 1/n and h of every token), so that D and s' are never formed: one exchange over lanes, one sum over slots, one
 barrier a token. The slots of a segment are turned again from the kept ones, which asks for no sum at all, and wait in
-scratch, every thread's own.
+shared memory, or in scratch where they do not fit, every thread's own.
 
     kept, scratch: slots as threads hold them     measured [B·T, H, 2K + V]: a, 1/n, h     layout of ``lattice_forward``
 """
@@ -17,25 +17,24 @@ import math
 
 import numpy as np
 
-from .device import WARP, load, quad, store, sum_lanes
-from .folds import fold, read_four, shares, write_four
+from .device import WARP, load, store, sum_lanes
+from .folds import fold, get, put, put_four, read_four, shared_place, shares, write_four
 from .lattice_slots import DECODING, ENCODING, direction
 from .source import cuda
 
-_OFFSETS = 0xFFFFF
 
-
-def numbers(*, rows, columns, lanes, warps, segment, per_slot):
+def numbers(*, rows, columns, lanes, warps, segment, per_slot, near):
     """How many numbers of shared memory a block takes: a segment's tokens, and sums over warps."""
     keys, values = rows * (WARP // lanes) * warps, columns * lanes
-    return segment * (4 * keys + 2 * values + (keys if per_slot else 1) + 1) + 2 * warps * (values + 2)
+    states = segment * rows * columns * warps * WARP if near else 0
+    return states + segment * (4 * keys + 2 * values + (keys if per_slot else 1) + 1) + 2 * warps * (values + 2) + 4
 
 
 def build(
-    *, rows, columns, lanes, warps, segment, objective, read_norm, real, kind, beta, per_slot, gated, decay, first, dy,
+    *, rows, columns, lanes, warps, segment, near, objective, read_norm, real, kind, beta, per_slot, gated, decay, first, dy,
     dfinal, dmarks, dinitial, dq, dk, dbeta, dg,
 ):  # fmt: skip
-    """The kernel; ``dy`` and what follows are dtypes of gradients."""
+    """The kernel; ``near``: slots wait in shared memory, not in scratch; ``dy`` and what follows are dtypes of gradients."""
     R, C, L, W, M, S = rows, columns, lanes, warps, WARP // lanes, segment
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
@@ -50,12 +49,15 @@ def build(
     TOTALS = PARTS + 2 * W * VP
     BETAS = TOTALS + 4 * W
     FADES = BETAS + S * BP
+    STATES = -(-(FADES + S) // 4) * 4
+    NEAR = near
     STAGE_K, STAGE_V, STAGE_B = -(-S * KP // THREADS), -(-S * VP // THREADS), -(-S * BP // THREADS)
     STAGE_G = -(-S // THREADS)
     element = np.dtype(real)
     number = element.type
     zero, one = number(0), number(1)
     along, down, across = sum_lanes(BITS, ALL_BITS), sum_lanes(0, BITS), fold(C, 0, BITS)
+    take, take_four, leave, leave_four = get(real, 1), get(real, 4), put(real), put_four(real)
     read, read_beta, read_decay, read_first = load(kind), load(beta), load(decay), load(first)
     read_dy, read_final, read_mark, read_real = load(dy), load(dfinal), load(dmarks), load(real)
     read_offset, read_kept, write_kept = load("int64"), read_four(real), write_four(real)
@@ -69,7 +71,7 @@ def build(
         dmarks, dmarks_b, dmarks_p, dmarks_h, dmarks_k, dmarks_v, dq, dk, dv, dbeta, dg, dinitial,
         offsets, kept, measured, scratch, K, V, tokens, every, heads, group, scale: float,
     ):  # fmt: skip
-        held = cuda.shared.array(0, element)
+        held = shared_place(cuda.shared.array(0, element))
         thread = np.int32(cuda.threadIdx.x)
         warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
         m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
@@ -142,28 +144,26 @@ def build(
                 token, row = begin + at // np.int32(KP), at % np.int32(KP)
                 if at < S * KP:
                     inside = token < length and row < K
-                    held[at] = number(read(k, k_at + token * k_t + row * k_d)) if inside else zero
-                    held[QUERIES + at] = number(read(q, q_at + token * q_t + row * q_d)) if inside else zero
+                    leave(held, at, number(read(k, k_at + token * k_t + row * k_d)) if inside else zero)
+                    leave(held, QUERIES + at, number(read(q, q_at + token * q_t + row * q_d)) if inside else zero)
                     left = ((row_at + token) * heads + head) * (2 * K + V) + row
-                    held[ALONG + at] = read_real(measured, left) if inside else zero
-                    held[OVER + at] = read_real(measured, left + K) if inside else zero
+                    leave(held, ALONG + at, read_real(measured, left) if inside else zero)
+                    leave(held, OVER + at, read_real(measured, left + K) if inside else zero)
             for i in range(STAGE_V):
                 at = np.int32(i * THREADS) + thread
                 token, column = begin + at // np.int32(VP), at % np.int32(VP)
                 if at < S * VP:
                     inside = token < length and column < V
                     left = ((row_at + token) * heads + head) * (2 * K + V) + 2 * K + column
-                    held[HS + at] = read_real(measured, left) if inside else zero
+                    leave(held, HS + at, read_real(measured, left) if inside else zero)
                     inside = inside and dy != 0
-                    held[DYS + at] = number(read_dy(dy, dy_at + token * dy_t + column * dy_d)) if inside else zero
+                    leave(held, DYS + at, number(read_dy(dy, dy_at + token * dy_t + column * dy_d)) if inside else zero)
             for i in range(STAGE_B):
                 at = np.int32(i * THREADS) + thread
                 token, row = begin + at // np.int32(BP), at % np.int32(BP)
                 if at < S * BP:
                     inside = token < length and row < K
-                    held[BETAS + at] = (
-                        number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero
-                    )
+                    leave(held, BETAS + at, number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero)
             if GATED:
                 for i in range(STAGE_G):
                     at = np.int32(i * THREADS) + thread
@@ -171,7 +171,7 @@ def build(
                         fade = one
                         if begin + at < length:
                             fade = number(math.exp(number(read_decay(g, g_at + (begin + at) * g_t))))
-                        held[FADES + at] = fade
+                        leave(held, FADES + at, fade)
             cuda.syncthreads()
 
             # Its slots, turned again.
@@ -181,24 +181,28 @@ def build(
                     s[4 * e + i] = four[i]
             for u in range(count):
                 for e in range(CELLS // 4):
-                    at = own + (np.int64(u) * (CELLS // 4) + e) * THREADS * 4
-                    write_kept(scratch, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
-                at_k = np.int32(u) * np.int32(KP) + row0 & np.int32(_OFFSETS)
-                at_v = np.int32(u) * np.int32(VP) + column0 & np.int32(_OFFSETS)
-                mu = held[FADES + u] if GATED else one
+                    if NEAR:
+                        at = STATES + ((u * np.int32(CELLS // 4) + e) * np.int32(THREADS) + thread) * np.int32(4)
+                        leave_four(held, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
+                    else:
+                        at = own + (np.int64(u) * (CELLS // 4) + e) * THREADS * 4
+                        write_kept(scratch, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
+                at_k = np.int32(u) * np.int32(KP) + row0
+                at_v = np.int32(u) * np.int32(VP) + column0
+                mu = take(held, FADES + u)[0] if GATED else one
                 for x in range(WIDE):
-                    four = quad(held, HS + at_v + 4 * L * x)
+                    four = take_four(held, HS + at_v + 4 * L * x)
                     for i in range(4):
                         h[4 * x + i] = four[i]
                 for x in range(QUADS):
-                    keys, norms = quad(held, at_k + 4 * x), quad(held, OVER + at_k + 4 * x)
-                    sums_of = quad(held, ALONG + at_k + 4 * x)
+                    keys, norms = take_four(held, at_k + 4 * x), take_four(held, OVER + at_k + 4 * x)
+                    sums_of = take_four(held, ALONG + at_k + 4 * x)
                     for i in range(4):
                         kk[4 * x + i], a[4 * x + i], over[4 * x + i] = keys[i], sums_of[i], norms[i]
                 for i in range(4 * QUADS, R):
-                    kk[i], a[i], over[i] = held[at_k + i], held[ALONG + at_k + i], held[OVER + at_k + i]
+                    kk[i], a[i], over[i] = take(held, at_k + i)[0], take(held, ALONG + at_k + i)[0], take(held, OVER + at_k + i)[0]
                 for i in range(R):
-                    strength = held[BETAS + at_k + i] if PER_SLOT else held[BETAS + u]
+                    strength = take(held, BETAS + at_k + i)[0] if PER_SLOT else take(held, BETAS + u)[0]
                     c = strength * (kk[i] - a[i] if ENCODES else kk[i])
                     rho[i], alpha[i] = (mu - c * a[i]) * over[i], c * over[i]
                 for i in range(R):
@@ -214,7 +218,11 @@ def build(
                 u = count - 1 - reverse
                 token = begin + u
                 for e in range(CELLS // 4):
-                    four = read_kept(scratch, own + (np.int64(u) * (CELLS // 4) + e) * THREADS * 4)
+                    if NEAR:
+                        at = STATES + ((u * np.int32(CELLS // 4) + e) * np.int32(THREADS) + thread) * np.int32(4)
+                        four = take_four(held, at)
+                    else:
+                        four = read_kept(scratch, own + (np.int64(u) * (CELLS // 4) + e) * THREADS * 4)
                     for i in range(4):
                         s[4 * e + i] = four[i]
                 if dmarks != 0 and (token + 1) % every == 0:
@@ -227,25 +235,25 @@ def build(
                             row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
                             if row < K and column < V:
                                 carry[i * C + j] += number(read_mark(dmarks, at + row * dmarks_k + column * dmarks_v))
-                at_k = np.int32(u) * np.int32(KP) + row0 & np.int32(_OFFSETS)
-                at_v = np.int32(u) * np.int32(VP) + column0 & np.int32(_OFFSETS)
-                mu = held[FADES + u] if GATED else one
+                at_k = np.int32(u) * np.int32(KP) + row0
+                at_v = np.int32(u) * np.int32(VP) + column0
+                mu = take(held, FADES + u)[0] if GATED else one
                 hh, pull = zero, zero
                 for x in range(WIDE):
-                    four, given = quad(held, HS + at_v + 4 * L * x), quad(held, DYS + at_v + 4 * L * x)
+                    four, given = take_four(held, HS + at_v + 4 * L * x), take_four(held, DYS + at_v + 4 * L * x)
                     for i in range(4):
                         h[4 * x + i], up[4 * x + i] = four[i], given[i]
                 for x in range(QUADS):
-                    keys, norms = quad(held, at_k + 4 * x), quad(held, OVER + at_k + 4 * x)
-                    sums_of = quad(held, ALONG + at_k + 4 * x)
+                    keys, norms = take_four(held, at_k + 4 * x), take_four(held, OVER + at_k + 4 * x)
+                    sums_of = take_four(held, ALONG + at_k + 4 * x)
                     for i in range(4):
                         kk[4 * x + i], a[4 * x + i], over[4 * x + i] = keys[i], sums_of[i], norms[i]
-                    four = quad(held, QUERIES + at_k + 4 * x)
+                    four = take_four(held, QUERIES + at_k + 4 * x)
                     for i in range(4):
                         of_q[4 * x + i] = four[i]
                 for i in range(4 * QUADS, R):
-                    kk[i], a[i], over[i] = held[at_k + i], held[ALONG + at_k + i], held[OVER + at_k + i]
-                    of_q[i] = held[QUERIES + at_k + i]
+                    kk[i], a[i], over[i] = take(held, at_k + i)[0], take(held, ALONG + at_k + i)[0], take(held, OVER + at_k + i)[0]
+                    of_q[i] = take(held, QUERIES + at_k + i)[0]
                 for j in range(C):
                     hh += h[j] * h[j]
                     pull += h[j] * up[j]
@@ -254,7 +262,7 @@ def build(
                 of_mu, of_beta, all_h, all_up = zero, zero, zero, zero
                 at_row = ((row_at + token) * heads + head) * K + row0
                 for i in range(R):
-                    strength = held[BETAS + at_k + i] if PER_SLOT else held[BETAS + u]
+                    strength = take(held, BETAS + at_k + i)[0] if PER_SLOT else take(held, BETAS + u)[0]
                     inverse, query = over[i], gain * of_q[i]
                     z = kk[i] - a[i] if ENCODES else kk[i]
                     c = strength * z
@@ -306,18 +314,18 @@ def build(
                 side = np.int32(u) & np.int32(1)
                 at = PARTS + side * np.int32(W * VP) + warp * np.int32(VP) + mine
                 for j in range(OWN):
-                    held[at + j // 4 * 4 * L + j % 4] = sums[j]
+                    leave(held, at + j // 4 * 4 * L + j % 4, sums[j])
                 of_mu, of_beta = down(of_mu), down(of_beta)
                 if lane == 0:
-                    held[TOTALS + (side * np.int32(W) + warp) * 2] = of_mu
-                    held[TOTALS + (side * np.int32(W) + warp) * 2 + 1] = of_beta
+                    leave(held, TOTALS + (side * np.int32(W) + warp) * 2, of_mu)
+                    leave(held, TOTALS + (side * np.int32(W) + warp) * 2 + 1, of_beta)
                 cuda.syncthreads()
 
                 for j in range(C):
                     sums[j] = zero
                 at = PARTS + side * np.int32(W * VP) + column0
                 for x in range(WIDE * W):
-                    four = quad(held, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                    four = take_four(held, at + x // WIDE * VP + 4 * L * (x % WIDE))
                     for i in range(4):
                         sums[4 * (x % WIDE) + i] += four[i]
                 if warp == 0 and m == 0:
@@ -328,8 +336,8 @@ def build(
                 if thread == 0:
                     of_mu, of_beta = zero, zero
                     for x in range(W):
-                        of_mu += held[TOTALS + (side * np.int32(W) + x) * 2]
-                        of_beta += held[TOTALS + (side * np.int32(W) + x) * 2 + 1]
+                        of_mu += take(held, TOTALS + (side * np.int32(W) + x) * 2)[0]
+                        of_beta += take(held, TOTALS + (side * np.int32(W) + x) * 2 + 1)[0]
                     if not PER_SLOT:
                         write_beta(dbeta, (row_at + token) * heads + head, of_beta)
                     if GATED:

@@ -29,13 +29,10 @@ import math
 
 import numpy as np
 
-from .device import WARP, load, quad, store, sum_lanes
-from .folds import any_lane, fold, rsqrt, shares, unfold, write_four
+from .device import WARP, load, store, sum_lanes
+from .folds import any_lane, fold, get, put, rsqrt, shared_place, shares, write_four
 from .lattice_slots import DECODING, ENCODING, direction
 from .source import cuda
-
-# Bits of an offset in shared memory: a mask of them tells the compiler that it is not negative, and a multiple of 4.
-_OFFSETS = 0xFFFFF
 
 # ‖s̃‖² is measured where the terms of its formula are so many times larger than it.
 _CANCELS = 16.0
@@ -55,21 +52,23 @@ def build(
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
     OWN, CHOSEN = shares(C, 0, BITS)
-    QUADS, WIDE = R // 4, C // 4
+    WIDE, ROW = C // 4, math.gcd(R, 4)
     DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
     READS, KEEPS, MARKS, READ_NORM = reads, keeps, marked, read_norm
     RING, TOGETHER, OUTS = 2 * tile, together, 2 * together
     BP = KP if per_slot else 1
-    ALL_KEYS, ALL_VALUES, ALL_BETAS = RING * KP, RING * VP, RING * BP
-    ALL_PARTS, ALL_OUTS = 2 * W * VP, OUTS * W * VP if reads else 4
+    QUERIES, VALUES, PARTS = RING * KP, 2 * RING * KP, 2 * RING * KP + RING * VP
+    OUTS_AT = PARTS + 2 * W * VP
+    BETAS = OUTS_AT + (OUTS * W * VP if reads else 0)
+    FADES = BETAS + RING * BP
+    ALL = FADES + RING
     SOME_K, SOME_V, SOME_B = -(-tile * KP // THREADS), -(-tile * VP // THREADS), -(-tile * BP // THREADS)
     SOME_Y = -(-together * VP // THREADS)
     FULL_K, FULL_V, FULL_B = tile * KP % THREADS == 0, tile * VP % THREADS == 0, tile * BP % THREADS == 0
     number = np.dtype(real).type
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
-    FOURS = np.int32(_OFFSETS & -4)
-    MINE = np.int32(_OFFSETS & -min(4, OWN & -OWN))
-    along, across, back = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS), unfold(C, 0, BITS)
+    along, across = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS)
+    take_rows, take_four, take, leave = get(real, ROW), get(real, 4), get(real, 1), put(real)
     read, write, write_kept = load(kind), store(kind), write_four(real)
     read_beta, read_decay, read_first, read_source = load(beta), load(decay), load(first), load(source)
     write_target, write_mark, write_real = store(target), store(marks), store(real)
@@ -82,13 +81,7 @@ def build(
         y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, measured,
         K, V, tokens, every, spacing, heads, group, scale: float,
     ):  # fmt: skip
-        keys = cuda.shared.array(ALL_KEYS, number)
-        queries = cuda.shared.array(ALL_KEYS, number)
-        values = cuda.shared.array(ALL_VALUES, number)
-        betas = cuda.shared.array(ALL_BETAS, number)
-        fades = cuda.shared.array(RING, number)
-        parts = cuda.shared.array(ALL_PARTS, number)
-        outs = cuda.shared.array(ALL_OUTS, number)
+        held = shared_place(cuda.shared.array(ALL, number))
         thread = np.int32(cuda.threadIdx.x)
         warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
         m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
@@ -221,35 +214,35 @@ def build(
                 for i in range(SOME_K):
                     at = np.int32(i * THREADS) + thread
                     if FULL_K or at < tile * KP:
-                        keys[to * np.int32(KP) + at] = some_k[i]
+                        leave(held, to * np.int32(KP) + at, some_k[i])
                         if READS:
-                            queries[to * np.int32(KP) + at] = some_q[i]
+                            leave(held, QUERIES + to * np.int32(KP) + at, some_q[i])
                 for i in range(SOME_V):
                     at = np.int32(i * THREADS) + thread
                     if FULL_V or at < tile * VP:
-                        values[to * np.int32(VP) + at] = some_v[i]
+                        leave(held, VALUES + to * np.int32(VP) + at, some_v[i])
                 for i in range(SOME_B):
                     at = np.int32(i * THREADS) + thread
                     if FULL_B or at < tile * BP:
-                        betas[to * np.int32(BP) + at] = some_b[i]
+                        leave(held, BETAS + to * np.int32(BP) + at, some_b[i])
                 if GATED and thread < tile:
-                    fades[to + thread] = some_g
+                    leave(held, FADES + to + thread, some_g)
             if READS and (u == 1 or TOGETHER < tile) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
                 # Reads that every warp has left its part of.
                 for i in range(SOME_Y):
                     at = np.int32(i * THREADS) + thread
                     token, column = t - 1 - TOGETHER + at // np.int32(VP), at % np.int32(VP)
                     if token >= 0 and token < t - 1 and column < V:
-                        at = (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
+                        at = OUTS_AT + (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
                         total = zero
                         for x in range(W):
-                            total += outs[at + x * np.int32(VP)]
+                            total += take(held, at + x * VP)[0]
                         write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
 
             if t < 0:
                 if t == -1:
                     for i in range(R):
-                        kk[i] = keys[row0 + i]
+                        kk[i] = take(held, row0 + i)[0]
                     if DECODES:
                         for j in range(C):
                             sums[j] = zero
@@ -258,25 +251,21 @@ def build(
                                 sums[j] += kk[i] * s[i * C + j]
                         across(sums)
                         for j in range(OWN):
-                            parts[warp * np.int32(VP) + mine + j // 4 * 4 * L + j % 4] = sums[j]
+                            leave(held, PARTS + warp * np.int32(VP) + mine + j // 4 * 4 * L + j % 4, sums[j])
                 continue
 
-            # The values of this token, and what is left of them where the slots predict: a lane's share, then all.
+            # The values of this token, and what is left of them where the slots predict.
+            at = VALUES + here * np.int32(VP) + column0
+            for x in range(WIDE):
+                some = take_four(held, at + 4 * L * x)
+                for i in range(4):
+                    fresh_h[4 * x + i] = some[i]
             if DECODES:
-                at = here * np.int32(VP) + mine & MINE
-                for j in range(OWN):
-                    fresh_h[j] = values[at + j // 4 * 4 * L + j % 4]
-                at = (np.int32(t) & np.int32(1)) * np.int32(W * VP) + mine & MINE
-                for x in range(OWN * W):
-                    j = x % OWN
-                    fresh_h[j] -= parts[at + x // OWN * VP + j // 4 * 4 * L + j % 4]
-                back(fresh_h)
-            else:
-                at = here * np.int32(VP) + column0 & FOURS
-                for x in range(WIDE):
-                    four = quad(values, at + 4 * L * x)
+                at = PARTS + (np.int32(t) & np.int32(1)) * np.int32(W * VP) + column0
+                for x in range(WIDE * W):
+                    some = take_four(held, at + x // WIDE * VP + 4 * L * (x % WIDE))
                     for i in range(4):
-                        fresh_h[4 * x + i] = four[i]
+                        fresh_h[4 * (x % WIDE) + i] -= some[i]
 
             # What the last token left to be done: turn the slots, measure and read them.
             if not GATED:
@@ -292,21 +281,16 @@ def build(
                 before = np.int32(t - 1) & np.int32(RING - 1)
                 for j in range(C):
                     sums[j] = zero
-                for x in range(QUADS):
-                    four = quad(queries, (before * np.int32(KP) + row0 & FOURS) + 4 * x)
-                    for i in range(4):
-                        weight = four[i] if READ_NORM else four[i] * norm[4 * x + i]
+                for x in range(R // ROW):
+                    some = take_rows(held, QUERIES + before * np.int32(KP) + row0 + ROW * x)
+                    for i in range(ROW):
+                        weight = some[i] if READ_NORM else some[i] * norm[ROW * x + i]
                         for j in range(C):
-                            sums[j] += weight * s[(4 * x + i) * C + j]
-                for i in range(4 * QUADS, R):
-                    weight = queries[(before * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
-                    weight = weight if READ_NORM else weight * norm[i]
-                    for j in range(C):
-                        sums[j] += weight * s[i * C + j]
+                            sums[j] += weight * s[(ROW * x + i) * C + j]
                 across(sums)
-                to = (np.int32(t - 1) & np.int32(OUTS - 1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
+                to = OUTS_AT + (np.int32(t - 1) & np.int32(OUTS - 1)) * np.int32(W * VP) + warp * np.int32(VP) + mine
                 for j in range(OWN):
-                    outs[to + j // 4 * 4 * L + j % 4] = sums[j]
+                    leave(held, to + j // 4 * 4 * L + j % 4, sums[j])
             if MARKS and t > 0:
                 until_mark -= 1
                 if until_mark == 0:
@@ -329,12 +313,10 @@ def build(
                 until_keep -= 1
 
             # The next token's key.
-            for x in range(QUADS):
-                four = quad(keys, (then * np.int32(KP) + row0 & FOURS) + 4 * x)
-                for i in range(4):
-                    ahead[4 * x + i] = four[i]
-            for i in range(4 * QUADS, R):
-                ahead[i] = keys[(then * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+            for x in range(R // ROW):
+                some = take_rows(held, then * np.int32(KP) + row0 + ROW * x)
+                for i in range(ROW):
+                    ahead[ROW * x + i] = some[i]
 
             # What every slot has of h.
             hh = zero
@@ -348,12 +330,12 @@ def build(
                 a[i] = along(total)
             hh = along(hh)
 
-            mu = fades[here] if GATED else one
-            strength = betas[here] if not PER_SLOT else zero
+            mu = take(held, FADES + here)[0] if GATED else one
+            strength = take(held, BETAS + here)[0] if not PER_SLOT else zero
             careful = GATED
             for i in range(R):
                 if PER_SLOT:
-                    strength = betas[(here * np.int32(KP) + row0 & np.int32(_OFFSETS)) + i]
+                    strength = take(held, BETAS + here * np.int32(KP) + row0 + i)[0]
                 c = strength * (kk[i] - a[i] if ENCODES else kk[i])
                 x = c * a[i]
                 w = mu - x
@@ -420,9 +402,9 @@ def build(
                         for j in range(C):
                             sums[j] += weight * s[i * C + j]
                 across(sums)
-                to = (np.int32(t + 1) & np.int32(1)) * np.int32(W * VP) + warp * np.int32(VP) + mine & MINE
+                to = PARTS + (np.int32(t + 1) & np.int32(1)) * np.int32(W * VP) + warp * np.int32(VP) + mine
                 for j in range(OWN):
-                    parts[to + j // 4 * 4 * L + j % 4] = sums[j]
+                    leave(held, to + j // 4 * 4 * L + j % 4, sums[j])
             for i in range(R):
                 kk[i] = ahead[i]
 
@@ -432,10 +414,10 @@ def build(
                 at = np.int32(i * THREADS) + thread
                 token, column = length - TOGETHER + at // np.int32(VP), at % np.int32(VP)
                 if token >= 0 and token < length and column < V:
-                    at = (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
+                    at = OUTS_AT + (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
                     total = zero
                     for x in range(W):
-                        total += outs[at + x * np.int32(VP)]
+                        total += take(held, at + x * VP)[0]
                     write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
 
         if final != 0 and real_slot and goes >= 0:
