@@ -17,7 +17,7 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 # Threads that exchange numbers; few are simulated, for each is one of Python's.
 WARP = 4 if SIMULATED else 32
 
-_FAMILIES = ("delta",)
+_FAMILIES = ("delta", "lattice", "ttt")
 
 
 class CudaBackend:

@@ -105,6 +105,8 @@ def store(kind):
                 value = builder.call(convert, [value])
             elif kind == "float16":
                 value = builder.fptrunc(value, ir.HalfType())
+            elif kind in ("int32", "int16", "int8"):
+                value = builder.trunc(value, ir.IntType(_BITS[kind]))
             builder.store(value, _pointer(builder, address, index, kind))
             return context.get_dummy_value()
 

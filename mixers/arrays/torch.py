@@ -325,13 +325,15 @@ def _with_first_state(problem: Problem, x: Arrays) -> Arrays:
     fields = problem.spec.state(problem.option).fields
     if x.get(f"initial.{fields[0].name}") is not None:
         return x
-    first = _first_state(problem.spec, problem.options, problem.widths, x["q"].device)
+    first = _first_state(problem.spec, problem.options, problem.widths, problem.compute_dtype, x["q"].device)
     found = zip(fields, first, strict=True)
     return x | {f"initial.{f.name}": t.expand(problem.sizes.N, *t.shape) for f, t in found}
 
 
 @functools.lru_cache(maxsize=64)
-def _first_state(spec: MixerSpec, options: Any, widths: tuple[int, int, int, int], device: Any) -> tuple[Array, ...]:
+def _first_state(
+    spec: MixerSpec, options: Any, widths: tuple[int, int, int, int], dtype: str, device: Any
+) -> tuple[Array, ...]:
     """The first state of one sequence, copied to a device once: a call that does so could be captured in no graph."""
     groups, heads, key_dim, value_dim = widths
     chosen = dict(options)
@@ -339,7 +341,7 @@ def _first_state(spec: MixerSpec, options: Any, widths: tuple[int, int, int, int
     fields = spec.state(chosen).fields
     with torch.inference_mode(False):
         return tuple(
-            torch.as_tensor(np.array(first), dtype=torch.int32 if f.counter else torch.float32, device=device)
+            torch.as_tensor(np.array(first), dtype=torch.int32 if f.counter else getattr(torch, dtype), device=device)
             for f, first in zip(fields, spec.first(sizes, chosen), strict=True)
         )
 

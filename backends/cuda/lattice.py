@@ -1,0 +1,239 @@
+"""Lattice, exact (``chunk_size=1``): sequences, packs, single tokens, and states in a pool; see ``lattice_forward``.
+
+    q, k [B,T,G,K]   v, y [B,T,H,V]   beta [B,T,H] or [B,T,H,K]   log_decay [B,T,H]   S [N,H,K,V]
+
+A configuration lays one head's slots over a block: ``warps`` share the slots out, a lane holds ``rows`` slots by
+``columns`` values, ``lanes`` of them lie along the values; ``tile`` tokens at a time come through shared memory.
+"""
+
+from typing import Any
+
+from mixers.backend import Config, Pool, Support
+from mixers.problem import Arrays, Problem
+from mixers.spec import Array
+
+from .arrays import SIZES, empty, kind, place
+from .delta import gather
+from .device import WARP
+from .folds import shares
+from .kernel import CudaKernel, blank_unused
+from .lattice_backward import numbers as numbers_of
+from .lattice_slots import OBJECTIVES
+from .program import Program, constants
+
+FORWARD = Program("lattice_forward")
+BACKWARD = Program("lattice_backward")
+
+# Cells of a state that a thread holds in registers, by the number of warps in a block.
+MOST_CELLS = {4: 64, 8: 64, 16: 32} if WARP == 32 else {1: 1 << 20}
+LANES = (8, 4, 16, 2) if WARP == 32 else (2,)
+
+# Bytes of shared memory that a kernel has without asking for more.
+SHARED = 48 * 1024
+
+# Tokens whose slots a backward computes again at a time, whether these wait in shared memory, and how much there is.
+SEGMENTS = ((12, True), (8, True), (16, False), (8, False), (4, False))
+MOST_SHARED = 224 * 1024
+
+
+def layouts(problem: Problem) -> list[dict[str, int]]:
+    """Every configuration that holds a head in a block's registers, the likeliest first."""
+    _, _, key_dim, value_dim = problem.widths
+    double = problem.compute_dtype == "float64"
+    found = []
+    for warps, most in MOST_CELLS.items():
+        for lanes in LANES:
+            rows = -(-key_dim // (WARP // lanes * warps))
+            columns = aligned(4 * -(-value_dim // (4 * lanes)), lanes)
+            if rows * columns <= most // (2 if double else 1):
+                config = {"rows": rows, "columns": columns, "lanes": lanes, "warps": warps, "tile": 4}
+                if shared(problem, config, 1) <= SHARED:
+                    found.append(config)
+    return sorted(found, key=_cost)
+
+
+def aligned(columns: int, lanes: int) -> int:
+    """So many columns, or a few more, that a lane's share of them lies in one piece, or in pieces of four."""
+    while (own := shares(columns, 0, (WARP // lanes).bit_length() - 1)[0]) not in (1, 2) and own % 4:
+        columns += 4
+    return columns
+
+
+def _cost(config: Config) -> float:
+    """Roughly the cycles of a token: work on the slots, exchanges between lanes, sums over warps."""
+    rows, columns, lanes, warps = (config[name] for name in ("rows", "columns", "lanes", "warps"))
+    along, across = lanes.bit_length() - 1, (WARP // lanes).bit_length() - 1
+    work = 7 * rows * columns + 25 * rows + 2 * (2 * rows + 1) * along + 6 * columns + columns * warps
+    return work * max(1, warps / 4) + 30 * (along + across)
+
+
+def shared(problem: Problem, config: Config, together: int) -> int:
+    """Bytes of shared memory that a block takes."""
+    rows, columns, lanes, warps, tile = (config[name] for name in ("rows", "columns", "lanes", "warps", "tile"))
+    keys, values = rows * (WARP // lanes) * warps, columns * lanes
+    numbers = 2 * tile * (3 * keys + values + 1) + 2 * warps * values * (1 + together)
+    return numbers * (8 if problem.compute_dtype == "float64" else 4)
+
+
+class LatticeRecurrent(CudaKernel):
+    """The exact recurrence, token by token, the slots in registers."""
+
+    name = "lattice.recurrent"
+    form = "recurrent"
+    mixers = frozenset({"lattice"})
+    in_place = True
+
+    def takes(self, problem: Problem) -> Support:
+        """The exact recurrence, of slots that fit in the registers of a block."""
+        if problem.option["chunk_size"] != 1:
+            return Support.no(f"runs chunk_size=1, and chunk_size is {problem.option['chunk_size']}")
+        if not layouts(problem):
+            _, _, key_dim, value_dim = problem.widths
+            most = 64 if problem.compute_dtype == "float64" else 128
+            return Support.no(
+                f"holds a head in the registers of one block, up to {most} slots of {most} {problem.compute_dtype} "
+                f"numbers, and K = {key_dim}, V = {value_dim}; backend='triton' or 'reference' takes wider ones"
+            )
+        return Support.yes()
+
+    def configs(self, problem: Problem) -> tuple[Config, ...]:
+        """The likeliest first."""
+        return tuple(layouts(problem))
+
+    def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
+        """Fill ``y`` and states."""
+        blank_unused(problem, out)
+        run_forward(
+            problem,
+            config,
+            x,
+            x["initial.state"],
+            out.get("final.state"),
+            y=out["y"],
+            checkpoints=out.get("checkpoint.state"),
+        )
+
+    def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y``, and the pool in place."""
+        run_forward(problem, config, x, pool.arrays[0], pool.arrays[0], y=y, pool=pool)
+
+    def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
+        """Fill the gradients: the forward again, which leaves slots and sums, then its adjoint, token by token."""
+        run_backward(problem, x, dout, dx)
+
+
+def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
+    """The constants that a forward and a backward share."""
+    option = problem.option
+    return {
+        **config,
+        "objective": OBJECTIVES[option["objective"]],
+        "read_norm": option["read_norm"],
+        "real": problem.compute_dtype,
+        "kind": problem.dtype,
+        "beta": kind(x["beta"]),
+        "per_slot": problem.layout("beta") == "B T H K",
+        "gated": x.get("log_decay") is not None,
+        "decay": kind(x.get("log_decay")) or problem.compute_dtype,
+        "first": kind(x["initial.state"]),
+    }
+
+
+def inputs_of(x: Arrays) -> tuple[int, ...]:
+    """The inputs as numbers, for a forward and a backward."""
+    return (
+        *place(x["q"], 4), *place(x["k"], 4), *place(x["v"], 4), *place(x["beta"], 4), *place(x.get("log_decay"), 3),
+        *place(x["initial.state"], 4),
+    )  # fmt: skip
+
+
+def run_forward(
+    problem: Problem,
+    config: Config,
+    x: Arrays,
+    origin: Array,
+    final: Array | None,
+    *,
+    y: Array | None = None,
+    checkpoints: Array | None = None,
+    pool: Pool | None = None,
+    kept: Array | None = None,
+    measured: Array | None = None,
+    spacing: int = 0,
+) -> None:
+    """Queue the forward: from the slots ``origin`` to ``final``, filling what else is given."""
+    s, real = problem.sizes, problem.compute_dtype
+    slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
+    together = next(n for n in (4, 2, 1) if shared(problem, config, n) <= SHARED)
+    chosen = constants(
+        shape_of(problem, config, x)
+        | {
+            "together": together,
+            "source": kind(origin),
+            "target": kind(final) or real,
+            "marked": checkpoints is not None,
+            "marks": kind(checkpoints) or real,
+            "slots": kind(slots) or "int32",
+            "out_slots": kind(out_slots) or "int32",
+            "fresh": kind(fresh) or "bool",
+            "reads": y is not None,
+            "keeps": kept is not None,
+        }
+    )
+    numbers = (
+        *inputs_of(x), *place(origin, 4), *place(final, 4), *place(y, 0), *place(checkpoints, 0),
+        *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
+        *place(measured, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
+    )  # fmt: skip
+    FORWARD(x["q"], chosen, s.N * s.H, config["warps"] * WARP, numbers, (problem.option["scale"],))
+
+
+def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
+    """How the backward lays out a head, which it holds twice, the tokens of a segment, and whether they wait near."""
+    double = problem.compute_dtype == "float64"
+    most = 16 if double else 32
+    found = layouts(problem)
+    config = next((c for c in found if c["rows"] * c["columns"] <= most), found[0])
+    shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
+    per_slot = problem.layout("beta") == "B T H K"
+    size = 8 if double else 4
+    for segment, near in SEGMENTS:
+        if numbers_of(**shape, segment=segment, per_slot=per_slot, near=near) * size <= MOST_SHARED:
+            break
+    return config, segment, near
+
+
+def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
+    """Queue the backward."""
+    s, real, q = problem.sizes, problem.compute_dtype, x["q"]
+    config, segment, near = backward_layout(problem)
+    shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
+    threads, heads, tokens = config["warps"] * WARP, s.N * s.H, s.B * s.T
+    cells = threads * config["rows"] * config["columns"]
+    kept = empty(((tokens // segment + s.N) * s.H * cells,), real, q)
+    measured = empty((tokens * s.H * (2 * s.K + s.V),), real, q)
+    scratch = empty((0 if near else heads * segment * cells,), real, q)
+    run_forward(problem, config, x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
+
+    # Heads that share a key leave their parts of its gradient, to be added up.
+    rows = {name: dx[name] if s.G == s.H else empty((1, tokens, s.H, s.K), real, q) for name in ("q", "k")}
+    dy, final, marks = (dout.get(name) for name in ("y", "final.state", "checkpoint.state"))
+    first, decay = dx.get("initial.state"), dx.get("log_decay")
+    constant = shape_of(problem, shape, x) | {
+        "segment": segment, "near": near, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real, "dmarks": kind(marks) or real,
+        "dinitial": kind(first) or real, "dq": kind(rows["q"]), "dk": kind(rows["k"]), "dbeta": kind(dx["beta"]),
+        "dg": kind(decay) or real,
+    }  # fmt: skip
+    numbers = (
+        *inputs_of(x), *place(dy, 4), *place(final, 4), *place(marks, 5), *place(rows["q"], 0), *place(rows["k"], 0),
+        *place(dx["v"], 0), *place(dx["beta"], 0), *place(decay, 0), *place(first, 0), *place(x["offsets"], 0),
+        *place(kept, 0), *place(measured, 0), *place(scratch, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, s.H,
+        s.H // s.G,
+    )  # fmt: skip
+    held = numbers_of(**shape, segment=segment, per_slot=constant["per_slot"], near=near) * SIZES[real]
+    BACKWARD(q, constants(constant), heads, threads, numbers, (problem.option["scale"],), held)
+    for name in ("q", "k") if s.G != s.H else ():
+        gather(problem, rows[name], dx[name], 1, x[name], (s.G, s.H // s.G, s.K), 0)
+
+
+KERNELS = (LatticeRecurrent(),)

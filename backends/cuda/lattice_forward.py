@@ -1,0 +1,431 @@
+"""Lattice, exact, token by token: the device code of the forward.
+
+    a_i = ⟨s_i, h⟩   r_i = ‖s_i‖²     z = k or k − a     c = beta z     w = μ − c a      h = v − Sᵀk or v
+    n_i² = w² r + 2 w c a + c² ‖h‖²   ρ = w/n   α = c/n      s'_i = ρ_i s_i + α_i h      y = scale · S'ᵀq or S̃ᵀq
+
+A block has one head. A warp has ``rows · M`` slots: a lane holds ``rows`` slots by ``columns`` values of them in
+registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over lanes,
+without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
+
+The chain from token to token is a, then n, then the next token's prediction, which is taken from the slots as they were,
+
+    S'ᵀk' = Σ_i (k'_i ρ_i) s_i + (Σ_i k'_i α_i) h
+
+so that turning the slots, reading them and measuring r wait for nobody: they are done while the next token's sums are
+on their way. r is measured anew at every token: that keeps
+norms right. Where the terms of n² cancel, ‖s̃‖² is measured itself, and always so where a decay may leave little of a
+slot; then coefficients are first divided by max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values
+that only fill a tile up are unit vectors that no key reaches.
+
+Tokens come through shared memory a tile at a time, loaded while the tile before is worked on. There is one barrier a
+token.
+
+    slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 l + j % 4
+
+Of a sum over the slots a lane keeps its share of columns, an aligned piece of its own.
+"""
+
+import math
+
+import numpy as np
+
+from .device import WARP, load, store, sum_lanes
+from .folds import any_lane, fold, get, put, rsqrt, shared_place, shares, write_four
+from .lattice_slots import DECODING, ENCODING, direction
+from .source import cuda
+
+# ‖s̃‖² is measured where the terms of its formula are so many times larger than it.
+_CANCELS = 16.0
+
+
+def build(
+    *, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, gated, decay, first,
+    source, target, marked, marks, slots, out_slots, fresh, reads, keeps,
+):  # fmt: skip
+    """The kernel.
+
+    ``beta``, ``decay``, ``first``, ``source``, ``target``, ``marks``, ``slots``, ``out_slots`` and ``fresh`` are dtypes
+    of arrays. ``reads``: fill ``y``, ``together`` tokens at a time. ``marked``: there are checkpoints. ``keeps``: leave
+    for a backward the slots before every ``spacing``-th token, and a, 1/n and h of every token.
+    """
+    R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
+    BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
+    KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
+    OWN, CHOSEN = shares(C, 0, BITS)
+    WIDE, ROW = C // 4, math.gcd(R, 4)
+    DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
+    READS, KEEPS, MARKS, READ_NORM = reads, keeps, marked, read_norm
+    RING, TOGETHER, OUTS = 2 * tile, together, 2 * together
+    BP = KP if per_slot else 1
+    QUERIES, VALUES, PARTS = RING * KP, 2 * RING * KP, 2 * RING * KP + RING * VP
+    OUTS_AT = PARTS + 2 * W * VP
+    BETAS = OUTS_AT + (OUTS * W * VP if reads else 0)
+    FADES = BETAS + RING * BP
+    ALL = FADES + RING
+    SOME_K, SOME_V, SOME_B = -(-tile * KP // THREADS), -(-tile * VP // THREADS), -(-tile * BP // THREADS)
+    SOME_Y = -(-together * VP // THREADS)
+    FULL_K, FULL_V, FULL_B = tile * KP % THREADS == 0, tile * VP % THREADS == 0, tile * BP % THREADS == 0
+    number = np.dtype(real).type
+    zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
+    along, across = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS)
+    take_rows, take_four, take, leave = get(real, ROW), get(real, 4), get(real, 1), put(real)
+    read, write, write_kept = load(kind), store(kind), write_four(real)
+    read_beta, read_decay, read_first, read_source = load(beta), load(decay), load(first), load(source)
+    write_target, write_mark, write_real = store(target), store(marks), store(real)
+    read_slot, read_out_slot, read_fresh, read_offset = load(slots), load(out_slots), load(fresh), load("int64")
+
+    def kernel(
+        q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h, beta_d,
+        g, g_b, g_t, g_h, initial, initial_n, initial_h, initial_k, initial_v,
+        origin, origin_n, origin_h, origin_k, origin_v, final, final_n, final_h, final_k, final_v,
+        y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, measured,
+        K, V, tokens, every, spacing, heads, group, scale: float,
+    ):  # fmt: skip
+        held = shared_place(cuda.shared.array(ALL, number))
+        thread = np.int32(cuda.threadIdx.x)
+        warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
+        m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
+        row0 = warp * np.int32(R * M) + m * np.int32(R)
+        column0 = np.int32(4) * l
+        mine = np.int32(0)
+        for bit, offset in CHOSEN:
+            mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
+        mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
+
+        item = np.int32(cuda.blockIdx.x)
+        n = np.int64(item // np.int32(heads))
+        head = np.int64(item) - n * heads
+        key_head = np.int64(np.int32(head) // np.int32(group))
+        batch, start, length = n, np.int64(0), tokens
+        if offsets != 0:
+            batch, start = np.int64(0), read_offset(offsets, n)
+            length = read_offset(offsets, n + 1) - start
+
+        # Where slots come from, and where they go.
+        came, goes = n, n
+        if slots != 0:
+            came, goes = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
+        real_slot = came >= 0
+        begins = False
+        if fresh != 0:
+            begins = read_fresh(fresh, n * fresh_n) != 0
+        s = cuda.local.array(CELLS, number)
+        r = cuda.local.array(R, number)
+        q_at = batch * q_b + start * q_t + key_head * q_h
+        k_at = batch * k_b + start * k_t + key_head * k_h
+        v_at = batch * v_b + start * v_t + head * v_h
+        beta_at = batch * beta_b + start * beta_t + head * beta_h
+        g_at = batch * g_b + start * g_t + head * g_h
+        row_at = batch * tokens + start
+        y_at = (row_at * heads + head) * V
+        mark = np.int64(0)
+        if MARKS:
+            mark = n * (tokens // every)
+            if offsets != 0:
+                mark = np.int64(0)
+                for before in range(n):
+                    mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+        until_mark, until_keep = every, np.int64(0)
+        keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
+        gain = number(scale)
+
+        some_k = cuda.local.array(SOME_K, number)
+        some_q = cuda.local.array(SOME_K, number)
+        some_v = cuda.local.array(SOME_V, number)
+        some_b = cuda.local.array(SOME_B, number)
+        some_g = one
+        a = cuda.local.array(R, number)
+        rho = cuda.local.array(R, number)
+        alpha = cuda.local.array(R, number)
+        norm = cuda.local.array(R, number)
+        inverse = cuda.local.array(R, number)
+        kk = cuda.local.array(R, number)
+        ahead = cuda.local.array(R, number)
+        h = cuda.local.array(C, number)
+        fresh_h = cuda.local.array(C, number)
+        sums = cuda.local.array(C, number)
+
+        for i in range(R):
+            rho[i], alpha[i], norm[i] = one, zero, one
+        for j in range(C):
+            h[j] = zero
+
+        # Slots of zeros stand for their first directions once there is a token.
+        for i in range(R):
+            for j in range(C):
+                s[i * C + j] = one if row0 + i >= K and column0 + j == 0 else zero
+        if begins:
+            from_first = n * initial_n + head * initial_h
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < V:
+                        s[i * C + j] = number(read_first(initial, from_first + row * initial_k + column * initial_v))
+        elif real_slot:
+            from_origin = came * origin_n + head * origin_h
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < V:
+                        s[i * C + j] = number(read_source(origin, from_origin + row * origin_k + column * origin_v))
+        for i in range(R):
+            size = zero
+            for j in range(C):
+                size += abs(s[i * C + j])
+            if along(size) == zero and length > 0:
+                for j in range(C):
+                    s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
+            size = zero
+            for j in range(C):
+                size += s[i * C + j] * s[i * C + j]
+            r[i] = along(size)
+
+        # One token more than there are: it finds nothing, and what the last one left to be done is done.
+        for t in range(-tile, length + 1):
+            u = np.int32(t) & np.int32(tile - 1)
+            here, then = np.int32(t) & np.int32(RING - 1), np.int32(t + 1) & np.int32(RING - 1)
+            cuda.syncthreads()
+            first_ahead = t + tile - u
+            if u == 0:
+                # The next tile: from memory to registers.
+                for i in range(SOME_K):
+                    at = np.int32(i * THREADS) + thread
+                    token, row = first_ahead + at // np.int32(KP), at % np.int32(KP)
+                    inside = token < length and row < K and (FULL_K or at < tile * KP)
+                    some_k[i] = number(read(k, k_at + token * k_t + row * k_d)) if inside else zero
+                    some_q[i] = number(read(q, q_at + token * q_t + row * q_d)) if READS and inside else zero
+                for i in range(SOME_V):
+                    at = np.int32(i * THREADS) + thread
+                    token, column = first_ahead + at // np.int32(VP), at % np.int32(VP)
+                    inside = token < length and column < V and (FULL_V or at < tile * VP)
+                    some_v[i] = number(read(v, v_at + token * v_t + column * v_d)) if inside else zero
+                for i in range(SOME_B):
+                    at = np.int32(i * THREADS) + thread
+                    token, row = first_ahead + at // np.int32(BP), at % np.int32(BP)
+                    inside = token < length and row < K and (FULL_B or at < tile * BP)
+                    some_b[i] = number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero
+                if GATED:
+                    some_g = one
+                    if thread < tile and first_ahead + thread < length:
+                        some_g = number(math.exp(number(read_decay(g, g_at + (first_ahead + thread) * g_t))))
+            elif u == tile - 2:
+                # From registers to shared memory, a barrier before the first is read.
+                to = np.int32(first_ahead) & np.int32(RING - 1)
+                for i in range(SOME_K):
+                    at = np.int32(i * THREADS) + thread
+                    if FULL_K or at < tile * KP:
+                        leave(held, to * np.int32(KP) + at, some_k[i])
+                        if READS:
+                            leave(held, QUERIES + to * np.int32(KP) + at, some_q[i])
+                for i in range(SOME_V):
+                    at = np.int32(i * THREADS) + thread
+                    if FULL_V or at < tile * VP:
+                        leave(held, VALUES + to * np.int32(VP) + at, some_v[i])
+                for i in range(SOME_B):
+                    at = np.int32(i * THREADS) + thread
+                    if FULL_B or at < tile * BP:
+                        leave(held, BETAS + to * np.int32(BP) + at, some_b[i])
+                if GATED and thread < tile:
+                    leave(held, FADES + to + thread, some_g)
+            if READS and (u == 1 or TOGETHER < tile) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
+                # Reads that every warp has left its part of.
+                for i in range(SOME_Y):
+                    at = np.int32(i * THREADS) + thread
+                    token, column = t - 1 - TOGETHER + at // np.int32(VP), at % np.int32(VP)
+                    if token >= 0 and token < t - 1 and column < V:
+                        at = OUTS_AT + (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
+                        total = zero
+                        for x in range(W):
+                            total += take(held, at + x * VP)[0]
+                        write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
+
+            if t < 0:
+                if t == -1:
+                    for i in range(R):
+                        kk[i] = take(held, row0 + i)[0]
+                    if DECODES:
+                        for j in range(C):
+                            sums[j] = zero
+                        for i in range(R):
+                            for j in range(C):
+                                sums[j] += kk[i] * s[i * C + j]
+                        across(sums)
+                        for j in range(OWN):
+                            leave(held, PARTS + warp * np.int32(VP) + mine + j // 4 * 4 * L + j % 4, sums[j])
+                continue
+
+            # The values of this token, and what is left of them where the slots predict.
+            at = VALUES + here * np.int32(VP) + column0
+            for x in range(WIDE):
+                some = take_four(held, at + 4 * L * x)
+                for i in range(4):
+                    fresh_h[4 * x + i] = some[i]
+            if DECODES:
+                at = PARTS + (np.int32(t) & np.int32(1)) * np.int32(W * VP) + column0
+                for x in range(WIDE * W):
+                    some = take_four(held, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                    for i in range(4):
+                        fresh_h[4 * (x % WIDE) + i] -= some[i]
+
+            # What the last token left to be done: turn the slots, measure and read them.
+            if not GATED:
+                for i in range(R):
+                    for j in range(C):
+                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                for i in range(R):
+                    size = zero
+                    for j in range(C):
+                        size += s[i * C + j] * s[i * C + j]
+                    r[i] = along(size)
+            if READS:
+                before = np.int32(t - 1) & np.int32(RING - 1)
+                for j in range(C):
+                    sums[j] = zero
+                for x in range(R // ROW):
+                    some = take_rows(held, QUERIES + before * np.int32(KP) + row0 + ROW * x)
+                    for i in range(ROW):
+                        weight = some[i] if READ_NORM else some[i] * norm[ROW * x + i]
+                        for j in range(C):
+                            sums[j] += weight * s[(ROW * x + i) * C + j]
+                across(sums)
+                to = OUTS_AT + (np.int32(t - 1) & np.int32(OUTS - 1)) * np.int32(W * VP) + warp * np.int32(VP) + mine
+                for j in range(OWN):
+                    leave(held, to + j // 4 * 4 * L + j % 4, sums[j])
+            if MARKS and t > 0:
+                until_mark -= 1
+                if until_mark == 0:
+                    until_mark = every
+                    for i in range(R):
+                        for j in range(C):
+                            row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                            if row < K and column < V:
+                                write_mark(checkpoints, ((mark * heads + head) * K + row) * V + column, s[i * C + j])
+                    mark += 1
+            if t == length and (GATED or KEEPS):
+                break
+            if KEEPS:
+                if until_keep == 0:
+                    for e in range(CELLS // 4):
+                        at = ((keep * (CELLS // 4) + e) * THREADS + thread) * 4
+                        write_kept(kept, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
+                    keep += heads
+                    until_keep = spacing
+                until_keep -= 1
+
+            # The next token's key.
+            for x in range(R // ROW):
+                some = take_rows(held, then * np.int32(KP) + row0 + ROW * x)
+                for i in range(ROW):
+                    ahead[ROW * x + i] = some[i]
+
+            # What every slot has of h.
+            hh = zero
+            for j in range(C):
+                h[j] = fresh_h[j]
+                hh += h[j] * h[j]
+            for i in range(R):
+                total = zero
+                for j in range(C):
+                    total += s[i * C + j] * h[j]
+                a[i] = along(total)
+            hh = along(hh)
+
+            mu = take(held, FADES + here)[0] if GATED else one
+            strength = take(held, BETAS + here)[0] if not PER_SLOT else zero
+            careful = GATED
+            for i in range(R):
+                if PER_SLOT:
+                    strength = take(held, BETAS + here * np.int32(KP) + row0 + i)[0]
+                c = strength * (kk[i] - a[i] if ENCODES else kk[i])
+                x = c * a[i]
+                w = mu - x
+                if GATED:
+                    largest = max(abs(w), abs(c) * number(math.sqrt(hh)))
+                    over = one / largest if largest > zero else zero
+                    rho[i], alpha[i], norm[i], inverse[i] = w * over, c * over, largest, over
+                else:
+                    turned, pulled = w * w * r[i], c * c * hh
+                    square = turned + two * w * x + pulled
+                    careful = careful or turned + pulled > many * square
+                    over = rsqrt(square)
+                    rho[i], alpha[i], norm[i], inverse[i] = w * over, c * over, square * over, over
+            if GATED or any_lane(careful):
+                for i in range(R):
+                    size = zero
+                    for j in range(C):
+                        turned = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                        size += turned * turned
+                    size = along(size)
+                    over = rsqrt(size) if size > zero else zero
+                    rho[i] *= over
+                    alpha[i] *= over
+                    norm[i] *= size * over
+                    inverse[i] *= over
+            if GATED:
+                # Nothing may be left of a slot, and its first direction stands in.
+                for i in range(R):
+                    for j in range(C):
+                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                    if norm[i] == zero:
+                        for j in range(C):
+                            s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
+
+            if KEEPS:
+                at = ((row_at + t) * heads + head) * (2 * K + V)
+                if l == 0:
+                    for i in range(R):
+                        if row0 + i < K:
+                            write_real(measured, at + row0 + i, a[i])
+                            write_real(measured, at + K + row0 + i, inverse[i])
+                if warp == 0 and m == 0:
+                    for j in range(C):
+                        column = j // 4 * 4 * L + column0 + j % 4
+                        if column < V:
+                            write_real(measured, at + 2 * K + column, h[j])
+
+            # What the slots, once turned, predict of the next token.
+            if DECODES:
+                if GATED:
+                    for j in range(C):
+                        sums[j] = zero
+                    for i in range(R):
+                        for j in range(C):
+                            sums[j] += ahead[i] * s[i * C + j]
+                else:
+                    pull = zero
+                    for i in range(R):
+                        pull += ahead[i] * alpha[i]
+                    for j in range(C):
+                        sums[j] = pull * h[j]
+                    for i in range(R):
+                        weight = ahead[i] * rho[i]
+                        for j in range(C):
+                            sums[j] += weight * s[i * C + j]
+                across(sums)
+                to = PARTS + (np.int32(t + 1) & np.int32(1)) * np.int32(W * VP) + warp * np.int32(VP) + mine
+                for j in range(OWN):
+                    leave(held, to + j // 4 * 4 * L + j % 4, sums[j])
+            for i in range(R):
+                kk[i] = ahead[i]
+
+        if READS:
+            cuda.syncthreads()
+            for i in range(SOME_Y):
+                at = np.int32(i * THREADS) + thread
+                token, column = length - TOGETHER + at // np.int32(VP), at % np.int32(VP)
+                if token >= 0 and token < length and column < V:
+                    at = OUTS_AT + (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
+                    total = zero
+                    for x in range(W):
+                        total += take(held, at + x * VP)[0]
+                    write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
+
+        if final != 0 and real_slot and goes >= 0:
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < V:
+                        at = goes * final_n + head * final_h + row * final_k + column * final_v
+                        write_target(final, at, s[i * C + j])
+
+    return kernel
