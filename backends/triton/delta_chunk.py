@@ -158,7 +158,7 @@ class Cut:
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
             **self.constants(block(s.K)), DELTA=self.delta, PRECISION=self.precision,
-            num_warps=max(1, block(s.K) // 32), num_stages=1,
+            num_warps=min(8, max(1, block(s.K) // 16)), num_stages=1,
         )  # fmt: skip
 
     def spell_out(self) -> None:
@@ -293,7 +293,7 @@ def _unfold(
     block_k = min(32, block(s.K))
     decays.unfold[(cut.rows * s.H * triton.cdiv(s.K, block_k),)](
         *inputs, cut.k, dp, dn, dqueries, dkeys_in, dkeys_out, dfade, dq, dk, dg, cut.offsets, *cut.lengths(),
-        **cut.constants(block_k), DELTA=cut.delta, PRECISION=cut.precision, num_warps=1, num_stages=1,
+        **cut.constants(block_k), DELTA=cut.delta, PRECISION=cut.precision, num_warps=block_k // 16, num_stages=1,
     )  # fmt: skip
 
 
