@@ -11,6 +11,9 @@ empty. So the number of rows is known on the host while the offsets are not.
 import triton
 import triton.language as tl
 
+# e^{−10⁴} is zero, and its multiples are numbers: −∞, a hard reset, is read as this.
+LEAST = tl.constexpr(-1e4)
+
 
 @triton.jit
 def span(n, tokens, offsets, PACKED: tl.constexpr):
@@ -96,26 +99,51 @@ def inverse(n, BT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def between(g, BT: tl.constexpr):
-    """``Σ_{j<m≤i} g_m`` for every pair ``i ≥ j``, from ``g [BT, 1]``: a sum, never a difference, so −∞ is a number."""
-    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    return tl.cumsum(tl.where(i > j, g, 0.0), axis=0)
+def sums(which, g, PRECISION: tl.constexpr):
+    """``which g`` for a matrix of zeros and ones; two halves of g keep more of it than one tf32 would."""
+    if PRECISION == "ieee":
+        return dot(which.to(tl.float32), g, PRECISION)
+    ones, high = which.to(tl.float16), g.to(tl.float16)
+    low = (g - high.to(tl.float32)).to(tl.float16)
+    return dot(ones, high, PRECISION) + dot(ones, low, PRECISION)
 
 
 @triton.jit
-def between_transposed(g, BT: tl.constexpr):
-    """The transpose of ``between``, from ``g [1, BT]``."""
-    i, j = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
-    return tl.cumsum(tl.where(i > j, g, 0.0), axis=1)
+def upper_bits(d, operand: tl.constexpr):
+    """The part of a float32 that bfloat16, or tf32, holds without rounding: bits, not a rounded number."""
+    kept: tl.constexpr = -65536 if operand == tl.bfloat16 else -8192
+    return (d.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gathered(which, d, operand: tl.constexpr, PRECISION: tl.constexpr):
+    """``which d`` for gradients, which may be of any size."""
+    if PRECISION == "ieee":
+        return dot(which.to(tl.float32), d, PRECISION)
+    ones, high = which.to(operand), upper_bits(d, operand)
+    return dot(ones, high.to(operand), PRECISION) + dot(ones, (d - high).to(operand), PRECISION)
+
+
+@triton.jit
+def between(g, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """``Σ_{j<m≤i} g_m`` for every pair ``i ≥ j``, from ``g [BT, 1]``: a sum, never a difference, as −∞ − −∞ is none."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return sums(i >= j, tl.where(i > j, tl.maximum(g, LEAST), 0.0), PRECISION)
+
+
+@triton.jit
+def between_gradient(d, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient of every g_m from d, that of ``between``: ``Σ_{i≥m>j} d_ij``, in which nothing cancels."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return tl.sum(tl.where(i > j, gathered(j >= i, d, operand, PRECISION), 0.0), axis=1)
 
 
 @triton.jit
 def decay_gradient(up, down, total, BT: tl.constexpr):
     """Gradient of every g_m from those of sums over it.
 
-    ``up_i`` belongs to ``Σ_{m≤i} g_m``, ``down_i`` to ``Σ_{m>i} g_m``, ``total`` to the sum of all. A sum over
-    ``j < m ≤ i`` has its gradient in ``up_i``, and its negative in ``up_j``. What belongs to no decay, ``down`` of the
-    last token, may be e^{50} times what does: it is left out, not added and taken away again.
+    ``up_i`` belongs to ``Σ_{m≤i} g_m``, ``down_i`` to ``Σ_{m>i} g_m``, ``total`` to the sum of all. What belongs to no
+    decay, ``down`` of the last token, may be e^{50} times what does: it is left out, not added and taken away again.
     """
     i, m = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     before = tl.sum(tl.where(i < m, down[:, None], 0.0), axis=0)

@@ -3,49 +3,75 @@
     D_ijc = Σ_{j<m≤i} g_mc        pairs_ij = Σ_c x_ic k_jc e^{D_ijc}    (x = q or k, i > j)
 
 The exponential of a sum over (j, i] is a product of one for i and one for j only if both count from a token between
-them: ``e^{−G_j}`` alone overflows. So a chunk is halved again and again. At the level of blocks of s tokens, i in the
-second block of a pair and j in the first both count from the border between them,
+them: ``e^{−G_j}`` alone overflows. A chunk is cut into tiles of 16 tokens. Tokens of two tiles count from the border
+before the later one; a tile is halved again and again, and at the level of blocks of s tokens, i in the second block of
+a pair and j in the first both count from the border between them,
 
     X_i = x_i e^{sum from the border to i}       Y_j = k_j e^{sum behind j up to the border}       pairs = X Yᵀ
 
-and every pair of tokens meets at exactly one level. Each exponent is a sum of non-positive numbers, never a difference:
+so that every pair of tokens meets exactly once. Each exponent is a sum of non-positive numbers, never a difference:
 nothing overflows, nothing cancels. The sums are products with matrices of zeros and ones.
 
     fold     Q∘e^{G}, K∘e^{G}, K∘e^{G_C−G}, fade e^{G_C}: what meets the state
-             P = scale · (q, k) pairs, N = (k, k) pairs
+             P = scale · (q, k) pairs, N = (k, k) pairs below the diagonal tiles and in them
     unfold   its adjoint
 """
 
 import triton
 import triton.language as tl
 
-from .blocks import dot, locate
+from .blocks import LEAST, dot, locate, sums, upper_bits
 
-# e^{−10⁴} is zero, and its multiples are numbers: −∞, a hard reset, is read as this.
-LEAST = tl.constexpr(-1e4)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def sums(which, g, PRECISION: tl.constexpr):
-    """``which g`` for a matrix of zeros and ones; two halves of g keep more of it than one tf32 would."""
+def sums_across(g, which, PRECISION: tl.constexpr):
+    """``g which``."""
     if PRECISION == "ieee":
-        return dot(which.to(tl.float32), g, PRECISION)
+        return dot(g, which.to(tl.float32), PRECISION)
     ones, high = which.to(tl.float16), g.to(tl.float16)
     low = (g - high.to(tl.float32)).to(tl.float16)
-    return dot(ones, high, PRECISION) + dot(ones, low, PRECISION)
+    return dot(high, ones, PRECISION) + dot(low, ones, PRECISION)
 
 
 @triton.jit
-def to_border(i, j, s):
+def spread(d, which, operand: tl.constexpr, PRECISION: tl.constexpr):
+    """``d which`` for gradients, which may be of any size, in two parts that a product takes without rounding."""
+    if PRECISION == "ieee":
+        return dot(d, which.to(tl.float32), PRECISION)
+    ones, high = which.to(operand), upper_bits(d, operand)
+    return dot(high.to(operand), ones, PRECISION) + dot((d - high).to(operand), ones, PRECISION)
+
+
+@triton.jit
+def to_border(i, j, level):
     """Which decays lie between token i and the border of its pair of blocks: up to i behind it, after i before it."""
-    behind = i // s % 2 == 1
-    return (i // s == j // s) & ((behind & (j <= i)) | ((i // s % 2 == 0) & (j > i)))
+    return ((i ^ j) >> level == 0) & ((j <= i) == ((i >> level) & 1 == 1))
 
 
 @triton.jit
-def meet(i, j, s):
-    """Which pairs meet at the level of blocks of s: i in the second block of a pair, j in the first."""
-    return (i // (2 * s) == j // (2 * s)) & (i // s % 2 == 1) & (j // s % 2 == 0)
+def meet(i, j, level):
+    """Which pairs meet at the level of blocks of 2**level: i in the second block of a pair, j in the first."""
+    return ((i ^ j) >> level == 1) & (j < i)
+
+
+@triton.jit
+def get(x, step, t, c, count, K: tl.constexpr):
+    """Columns c of the rows of tokens t, one of the two down and the other across."""
+    return tl.load(x + t * step + c, mask=(t < count) & (c < K), other=0.0)
+
+
+@triton.jit
+def logs(g, g_t, t, c, count, K: tl.constexpr):
+    """Decays, as powers of two."""
+    return tl.maximum(get(g, g_t, t, c, count, K).to(tl.float32), LEAST) * LOG2E
+
+
+@triton.jit
+def put(x, step, t, c, value, count, K: tl.constexpr):
+    """Store what ``get`` reads."""
+    tl.store(x + t * step + c, value.to(x.dtype.element_ty), mask=(t < count) & (c < K))
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
@@ -55,60 +81,83 @@ def fold(
     K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr,
     CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head."""
+    """One chunk of one head, tile after tile, by few warps: what is computed of a tile stays in one or two of them."""
     pid = tl.program_id(0)
     head, row = pid % heads, (pid // heads).to(tl.int64)
     batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
     if count <= 0:
         return
-    t = tl.arange(0, BT)
+    count = count.to(tl.int32)
+    t, c = tl.arange(0, 16), tl.arange(0, BK)[None, :]
     i, j = t[:, None], t[None, :]
-    rows = i < count
-    place = ((batch * tokens + start + t) * heads + head)[:, None]
-    q += batch * q_b + (start + i) * q_t + (head // group) * q_h
-    k += batch * k_b + (start + i) * k_t + (head // group) * k_h
-    g += batch * g_b + (start + i) * g_t + head * g_h
+    q += batch * q_b + start * q_t + (head // group) * q_h
+    k += batch * k_b + start * k_t + (head // group) * k_h
+    g += batch * g_b + start * g_t + head * g_h
+    place = (batch * tokens + start) * heads + head
+    queries += place * K
+    keys_out += place * K
+    p += place * BT
+    if DELTA:
+        keys_in += place * K
+        n += place * BT
     operand = k.dtype.element_ty
-    reads, writes = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
-    for at in range(0, K, BK):
-        c = at + tl.arange(0, BK)[None, :]
-        inside = rows & (c < K)
-        query = tl.load(q + c, mask=inside, other=0.0).to(tl.float32)
-        key = tl.load(k + c, mask=inside, other=0.0).to(tl.float32)
-        log = tl.maximum(tl.load(g + c, mask=inside, other=0.0).to(tl.float32), LEAST)
-        into = tl.exp(sums(j <= i, log, PRECISION))
-        out_of = tl.exp(sums(j > i, log, PRECISION))
-        tl.store(queries + place * K + c, (query * into).to(queries.dtype.element_ty), mask=inside)
-        tl.store(keys_out + place * K + c, (key * out_of).to(keys_out.dtype.element_ty), mask=inside)
-        if DELTA:
-            tl.store(keys_in + place * K + c, (key * into).to(keys_in.dtype.element_ty), mask=inside)
-        total = tl.exp(tl.sum(log, axis=0))
-        channel = at + tl.arange(0, BK)
-        tl.store(fade + (row * heads + head) * K + channel, total, mask=channel < K)
-
-        reads += tl.where(i == j, tl.sum(query * key, axis=1)[:, None], 0.0)
-        s = 1
-        while s < BT:
-            factor = tl.exp(sums(to_border(i, j, s), log, PRECISION))
-            columns = tl.trans((key * factor).to(operand))
-            here = meet(i, j, s)
+    wide, narrow = heads * K, heads * BT
+    tiles = tl.cdiv(count, 16)
+    for a in range(tiles):
+        own = a * 16 + i
+        query, key = get(q, q_t, own, c, count, K).to(tl.float32), get(k, k_t, own, c, count, K).to(tl.float32)
+        log = logs(g, g_t, own, c, count, K)
+        reads = tl.where(i == j, tl.sum(query * key, axis=1)[:, None], 0.0)
+        writes = tl.zeros([16, 16], tl.float32)
+        for level in tl.static_range(4):
+            factor = tl.exp2(sums(to_border(i, j, level), log, PRECISION))
+            near = (key * factor).to(operand)
+            columns = tl.trans(near)
+            here = meet(i, j, level)
             reads += tl.where(here, dot((query * factor).to(operand), columns, PRECISION), 0.0)
             if DELTA:
-                writes += tl.where(here, dot((key * factor).to(operand), columns, PRECISION), 0.0)
-            s *= 2
-    tl.store(p + place * BT + j, (scale * reads).to(p.dtype.element_ty), mask=rows)
-    if DELTA:
-        tl.store(n + place * BT + j, writes, mask=rows)
+                writes += tl.where(here, dot(near, columns, PRECISION), 0.0)
+        put(p, narrow, own, a * 16 + j, scale * reads, count, BT)
+        if DELTA:
+            put(n, narrow, own, a * 16 + j, writes, count, BT)
+
+        into = tl.exp2(sums(j <= i, log, PRECISION))
+        near_query, near_key = (query * into).to(operand), (key * into).to(operand)
+        between = tl.zeros([16, BK], tl.float32)
+        for step in range(a):
+            earlier = (a - 1 - step) * 16
+            other = logs(g, g_t, earlier + i, c, count, K)
+            factor = tl.exp2(sums(j > i, other, PRECISION) + between)
+            columns = tl.trans((get(k, k_t, earlier + i, c, count, K).to(tl.float32) * factor).to(operand))
+            put(p, narrow, own, earlier + j, scale * dot(near_query, columns, PRECISION), count, BT)
+            if DELTA:
+                put(n, narrow, own, earlier + j, dot(near_key, columns, PRECISION), count, BT)
+            between += sums(i + j >= 0, other, PRECISION)
+        for b in range(a + 1, BT // 16):
+            put(p, narrow, own, b * 16 + j, tl.zeros([16, 16], tl.float32), count, BT)
+        into *= tl.exp2(between)
+        put(queries, wide, own, c, query * into, count, K)
+        if DELTA:
+            put(keys_in, wide, own, c, key * into, count, K)
+
+    after = tl.zeros([16, BK], tl.float32)
+    for step in range(tiles):
+        own = (tiles - 1 - step) * 16 + i
+        log = logs(g, g_t, own, c, count, K)
+        out_of = tl.exp2(sums(j > i, log, PRECISION) + after)
+        put(keys_out, wide, own, c, get(k, k_t, own, c, count, K).to(tl.float32) * out_of, count, K)
+        after += sums(i + j >= 0, log, PRECISION)
+    tl.store(fade + (row * heads + head) * K + i * 0 + c, tl.exp2(after), mask=(i == 0) & (c < K))
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def unfold(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, dp, dn, dqueries, dkeys_in, dkeys_out, dfade, dq, dk, dg,
-    offsets, tokens, sequences, per, every, heads, group,
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, keys_out, dp, dn, dqueries, dkeys_in, dkeys_out, dfade,
+    dq, dk, dg, offsets, tokens, sequences, per, every, heads, group,
     K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr,
     CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of channels of one chunk of one head.
+    """A block of channels of one chunk of one head, from its last tile to its first.
 
     dp is scale times the gradient of P, dfade e^{G_C} times its own.
     """
@@ -118,60 +167,104 @@ def unfold(
     batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
     if count <= 0:
         return
-    t = tl.arange(0, BT)
-    i, j, c = t[:, None], t[None, :], (pid % blocks) * BK + tl.arange(0, BK)[None, :]
-    inside = (i < count) & (c < K)
-    query = tl.load(q + batch * q_b + (start + i) * q_t + (head // group) * q_h + c, mask=inside, other=0.0)
-    key = tl.load(k + batch * k_b + (start + i) * k_t + (head // group) * k_h + c, mask=inside, other=0.0)
-    log = tl.load(g + batch * g_b + (start + i) * g_t + head * g_h + c, mask=inside, other=0.0)
-    query, key, log = query.to(tl.float32), key.to(tl.float32), tl.maximum(log.to(tl.float32), LEAST)
-    operand = k.dtype.element_ty
-    place = (batch * tokens + start + t) * heads + head
-    # As they lie, and with axes swapped.
-    reads = tl.load(dp + place[:, None] * BT + j, mask=i < count, other=0.0)
-    reads_t = tl.load(dp + place[None, :] * BT + i, mask=j < count, other=0.0)
+    count = count.to(tl.int32)
+    # Channels go down and tokens across, so that no product waits for its left operand to change hands.
+    t, c = tl.arange(0, 16), (pid % blocks) * BK + tl.arange(0, BK)[:, None]
+    i, j = t[:, None], t[None, :]
+    q += batch * q_b + start * q_t + (head // group) * q_h
+    k += batch * k_b + start * k_t + (head // group) * k_h
+    g += batch * g_b + start * g_t + head * g_h
+    place = (batch * tokens + start) * heads + head
+    keys_out += place * K
+    dqueries += place * K
+    dkeys_out += place * K
+    dq += place * K
+    dk += place * K
+    dg += place * K
+    dp += place * BT
     if DELTA:
-        writes = tl.load(dn + place[:, None] * BT + j, mask=i < count, other=0.0)
-        writes_t = tl.load(dn + place[None, :] * BT + i, mask=j < count, other=0.0)
+        dkeys_in += place * K
+        dn += place * BT
+    operand = k.dtype.element_ty
+    wide, narrow = heads * K, heads * BT
 
-    own = tl.sum(tl.where(i == j, reads.to(tl.float32), 0.0), axis=1)[:, None]
-    dquery, dkey = own * key, own * query
-    up = tl.zeros([BT, BK], tl.float32)
-    s = 1
-    while s < BT:
-        factor = tl.exp(sums(to_border(i, j, s), log, PRECISION))
-        near_query, near_key = (query * factor).to(operand), (key * factor).to(operand)
-        here, there = meet(i, j, s), meet(j, i, s)
-        by_query = factor * dot(tl.where(here, reads, 0.0).to(operand), near_key, PRECISION)
-        column = dot(tl.where(there, reads_t, 0.0).to(operand), near_query, PRECISION)
-        dquery += by_query
-        up += query * by_query
+    # What passes over a tile decays with all of its g. Behind the last token there is no decay, so what belongs to it
+    # is left out, large as it may be.
+    passing = tl.load(dfade + (row * heads + head) * K + c, mask=c < K, other=0.0)
+    tiles = tl.cdiv(count, 16)
+    for a in range(tiles):
+        leaving = get(dkeys_out, wide, a * 16 + j, c, count - 1, K).to(tl.float32)
+        kept = get(keys_out, wide, a * 16 + j, c, count, K).to(tl.float32)
+        passing += tl.sum(leaving * kept, axis=1)[:, None]
+    for step in range(tiles):
+        a = tiles - 1 - step
+        own = a * 16 + j
+        query, key = get(q, q_t, own, c, count, K).to(tl.float32), get(k, k_t, own, c, count, K).to(tl.float32)
+        log = logs(g, g_t, own, c, count, K)
+        # As they lie, and with axes swapped.
+        reads = get(dp, narrow, a * 16 + i, a * 16 + j, count, BT)
+        reads_t = get(dp, narrow, a * 16 + j, a * 16 + i, count, BT)
         if DELTA:
-            by_key = factor * dot(tl.where(here, writes, 0.0).to(operand), near_key, PRECISION)
-            column += dot(tl.where(there, writes_t, 0.0).to(operand), near_key, PRECISION)
+            writes = get(dn, narrow, a * 16 + i, a * 16 + j, count, BT)
+            writes_t = get(dn, narrow, a * 16 + j, a * 16 + i, count, BT)
+        alone = tl.sum(tl.where(i == j, reads.to(tl.float32), 0.0), axis=0)[None, :]
+        dquery, dkey = alone * key, alone * query
+        dlog = tl.zeros([BK, 16], tl.float32)
+        for level in tl.static_range(4):
+            factor = tl.exp2(sums_across(log, to_border(j, i, level), PRECISION))
+            near_query, near_key = (query * factor).to(operand), (key * factor).to(operand)
+            here, there = meet(i, j, level), meet(j, i, level)
+            by_query = factor * dot(near_key, tl.where(there, reads_t, 0.0).to(operand), PRECISION)
+            by_key = dot(near_query, tl.where(here, reads, 0.0).to(operand), PRECISION)
+            if DELTA:
+                # A token is in the first block or in the second: one product for both sides.
+                pairs = tl.where(here, writes, 0.0) + tl.where(there, writes_t, 0.0)
+                by_key += dot(near_key, pairs.to(operand), PRECISION)
+            by_key *= factor
+            dquery += by_query
+            dkey += by_key
+            change = query * by_query + key * by_key
+            dlog += spread(change, to_border(i, j, level), operand, PRECISION)
+
+        by_query, by_key = tl.zeros([BK, 16], tl.float32), tl.zeros([BK, 16], tl.float32)
+        between = tl.zeros([BK, 16], tl.float32)
+        for back in range(a):
+            earlier = (a - 1 - back) * 16
+            other = logs(g, g_t, earlier + j, c, count, K)
+            factor = tl.exp2(sums_across(other, i > j, PRECISION) + between)
+            near_key = (get(k, k_t, earlier + j, c, count, K).to(tl.float32) * factor).to(operand)
+            by_query += dot(near_key, get(dp, narrow, own, earlier + i, count, BT), PRECISION)
+            if DELTA:
+                by_key += dot(near_key, get(dn, narrow, own, earlier + i, count, BT), PRECISION)
+            between += sums_across(other, i + j >= 0, PRECISION)
+        into, before = tl.exp2(sums_across(log, i <= j, PRECISION)), tl.exp2(between)
+        by_query = into * (by_query + before * get(dqueries, wide, own, c, count, K).to(tl.float32))
+        put(dq, wide, own, c, dquery + by_query, count, K)
+        up = query * by_query
+        if DELTA:
+            by_key = into * (by_key + before * get(dkeys_in, wide, own, c, count, K).to(tl.float32))
             dkey += by_key
             up += key * by_key
-        column *= factor
-        dkey += column
-        up -= key * column
-        s *= 2
 
-    into = tl.exp(sums(j <= i, log, PRECISION))
-    out_of = tl.exp(sums(j > i, log, PRECISION))
-    place = place[:, None] * K + c
-    reading = tl.load(dqueries + place, mask=inside, other=0.0).to(tl.float32) * into
-    leaving = tl.load(dkeys_out + place, mask=inside, other=0.0).to(tl.float32) * out_of
-    up += query * reading
-    dkey += leaving
-    if DELTA:
-        entering = tl.load(dkeys_in + place, mask=inside, other=0.0).to(tl.float32) * into
-        up += key * entering
-        dkey += entering
-    tl.store(dq + place, (dquery + reading).to(dq.dtype.element_ty), mask=inside)
-    tl.store(dk + place, dkey.to(dk.dtype.element_ty), mask=inside)
-    # Sums up to i hold g_m for m ≤ i, those behind i for m > i: all of them but the ones for m ≤ i. Behind the last
-    # token there is no decay, so what belongs to it is left out, large as it may be.
-    down = tl.where(i < count - 1, key * leaving, 0.0)
-    total = tl.load(dfade + (row * heads + head) * K + c, mask=c < K, other=0.0) + tl.sum(down, axis=0)[None, :]
-    found = tl.cumsum(up - down, axis=0, reverse=True) + total
-    tl.store(dg + place, found.to(dg.dtype.element_ty), mask=inside)
+        by_key, between = tl.zeros([BK, 16], tl.float32), tl.zeros([BK, 16], tl.float32)
+        for b in range(a + 1, tiles):
+            later = b * 16
+            other = logs(g, g_t, later + j, c, count, K)
+            factor = tl.exp2(sums_across(other, i <= j, PRECISION) + between)
+            near_query = (get(q, q_t, later + j, c, count, K).to(tl.float32) * factor).to(operand)
+            by_key += dot(near_query, get(dp, narrow, later + i, own, count, BT), PRECISION)
+            if DELTA:
+                near_key = (get(k, k_t, later + j, c, count, K).to(tl.float32) * factor).to(operand)
+                by_key += dot(near_key, get(dn, narrow, later + i, own, count, BT), PRECISION)
+            between += sums_across(other, i + j >= 0, PRECISION)
+        behind = sums_across(log, i > j, PRECISION)
+        by_key *= tl.exp2(behind)
+        leaving = get(dkeys_out, wide, own, c, count, K).to(tl.float32)
+        put(dk, wide, own, c, dkey + by_key + tl.exp2(behind + between) * leaving, count, K)
+        down = key * by_key + leaving * get(keys_out, wide, own, c, count - 1, K).to(tl.float32)
+
+        # The gradient of a sum goes to all that is summed: up to i, and behind j.
+        dlog += spread(up, i >= j, operand, PRECISION) + spread(down, i < j, operand, PRECISION)
+        passing -= tl.sum(down, axis=1)[:, None]
+        put(dg, wide, own, c, dlog + passing, count, K)
+        passing += tl.sum(up, axis=1)[:, None]

@@ -157,7 +157,8 @@ class Cut:
         decays.fold[grid](
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
-            **self.constants(self.wide[0]), DELTA=self.delta, PRECISION=self.precision, num_warps=8, num_stages=1,
+            **self.constants(block(s.K)), DELTA=self.delta, PRECISION=self.precision,
+            num_warps=min(8, max(1, block(s.K) // 16)), num_stages=1,
         )  # fmt: skip
 
     def spell_out(self) -> None:
@@ -229,7 +230,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
         if dy is None
         else widened(dense(dy))
     )
-    dstates, dwritten = cut.states(), cut.scratch(s.V)
+    dstates, dwritten = cut.states(), cut.scratch(s.V) if cut.delta else dx["v"]
     dlast, dmarks = dout.get("final.state"), dout.get("checkpoint.state")
     dfirst = dx.get("initial.state")
     dmarks = None if dmarks is None else dmarks.contiguous()
@@ -254,33 +255,22 @@ def _side_by_side(
     folded = cut.decay == 2
     dq, dk = (spread(problem, dx, name) for name in ("q", "k"))
     # What decays are still to meet stays in float32: it is summed before it is rounded.
-    dq_reads = cut.scratch(s.K, torch.float32) if folded else dq
-    dk_reads = cut.scratch(s.K, torch.float32 if folded else None) if folded or cut.delta else dk
-    dw = cut.scratch(s.K) if cut.delta else None
+    dq_met, dk_met = (cut.scratch(s.K, torch.float32) if folded else d for d in (dq, dk))
+    dkeys_in = cut.scratch(s.K, torch.float32) if folded and cut.delta else None
     dp = cut.scratch(cut.block_t) if folded else None
+    dn = cut.scratch(cut.block_t) if folded and cut.delta else None
     dfade = torch.empty_like(cut.fade) if folded else None
     dg = dx.get("log_decay")
-    dg_reads = cut.scalars() if cut.decay == 1 and cut.delta else dg
-    adjoint.reads_back[(cut.rows * s.H,)](
-        *place(cut.q, 0, 1, 2), *place(cut.k, 0, 1, 2), *place(written, 0, 1, 2), *place(dy, 0, 1, 2),
-        *place(cut.g, 0, 1, 2), states, dstates, dwritten, cut.inward, cut.outward, cut.fade,
-        dq_reads, dk_reads, dw, dp, dg_reads, dfade, cut.offsets, *cut._lengths_of(cut.k), cut.scale,
+    adjoint.chunks_back[(cut.rows * s.H,)](
+        *place(cut.q, 0, 1, 2), *place(cut.keys_in, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(cut.beta, 0, 1, 2),
+        *place(cut.g, 0, 1, 2), *place(written, 0, 1, 2), *place(dy, 0, 1, 2), cut.pairs, cut.a, states, dstates,
+        dwritten, cut.inward, cut.outward, cut.fade, dq_met, dk_met, dkeys_in, dx["v"], dx.get("beta"), dg, dp, dn,
+        dfade, cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale,
         **cut.constants(*cut.wide), DELTA=cut.delta, DECAY=cut.decay, PRECISION=cut.precision,
-        num_warps=cut.warps, num_stages=2,
+        num_warps=cut.warps, num_stages=1,
     )  # fmt: skip
-    dkeys_in = dn = None
-    if cut.delta:
-        dkeys_in, dn = (cut.scratch(s.K, torch.float32), cut.scratch(cut.block_t)) if folded else (None, None)
-        adjoint.writes_back[(cut.rows * s.H,)](
-            *place(cut.keys_in, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(cut.beta, 0, 1, 2), *place(cut.g, 0, 1, 2),
-            cut.pairs, cut.a, cut.w, cut.u, dw, dwritten, cut.inward, dk_reads, dg_reads,
-            dkeys_in if folded else dk, dx["v"], dx["beta"], dg, dn, cut.offsets, *cut._lengths_of(cut.keys_in),
-            **cut.constants(*cut.wide), DECAY=cut.decay, PRECISION=cut.precision, num_warps=cut.warps, num_stages=2,
-        )  # fmt: skip
-    else:
-        dx["v"].copy_(dwritten)
     if folded:
-        _unfold(cut, dp, dn, dq_reads, dkeys_in, dk_reads, dfade, dq, dk, dg)
+        _unfold(cut, dp, dn, dq_met, dkeys_in, dk_met, dfade, dq, dk, dg)
     _finish(cut, dx, "q", dq)
     _finish(cut, dx, "k", dk)
 
@@ -300,10 +290,10 @@ def _unfold(
     """From gradients of folded q and k, and of pairs, to those of q, k and the decays."""
     s, (q, k) = cut.problem.sizes, cut.plain
     inputs = (*place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(cut.g, 0, 1, 2))
-    block_k = cut.wide[0]
+    block_k = min(32, block(s.K))
     decays.unfold[(cut.rows * s.H * triton.cdiv(s.K, block_k),)](
-        *inputs, dp, dn, dqueries, dkeys_in, dkeys_out, dfade, dq, dk, dg, cut.offsets, *cut.lengths(),
-        **cut.constants(block_k), DELTA=cut.delta, PRECISION=cut.precision, num_warps=8, num_stages=1,
+        *inputs, cut.k, dp, dn, dqueries, dkeys_in, dkeys_out, dfade, dq, dk, dg, cut.offsets, *cut.lengths(),
+        **cut.constants(block_k), DELTA=cut.delta, PRECISION=cut.precision, num_warps=block_k // 16, num_stages=1,
     )  # fmt: skip
 
 

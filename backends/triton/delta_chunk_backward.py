@@ -5,14 +5,15 @@ gradient of a loss, dS that of a chunk's last state, and q̂ = e^G∘Q, k̂ = e^
 
     chain, from the last chunk to the first
         dU' = Pᵀ dY + ǩ dS          dS ← e^{G_C} dS + scale q̂ᵀ dY − Wᵀ dU'   (linear: without W)
-    reads, all chunks side by side
-        dP = tril(dY U'ᵀ)           dq̂ = scale dY Sᵀ        dǩ = U' dSᵀ        dW = −dU' Sᵀ
-        dQ = e^G∘dq̂ + scale (dP∘L) K        dK = e^{G_C−G}∘dǩ + scale (dP∘L)ᵀ Q + …
-    writes (delta), all chunks side by side
-        X = Aᵀ dW       Z = Aᵀ dU'      E = −stril(X Wᵀ + Z Uᵀ), the gradient of N
-        dV = beta∘Z     dk̂ = beta∘X     M = beta_i E∘L     dK += e^G∘dk̂ + M K + Mᵀ K
-        dbeta = Σ X∘k̂ + Σ Z∘V + Σ_j E∘(K Kᵀ∘L)
-    decays: sums that end at i gain q̂·dq̂ + …; see ``blocks.decay_gradient``
+    chunks, all side by side
+        dP = tril(dY U'ᵀ)           dq̂ = scale dY Sᵀ            dǩ = U' dSᵀ
+        Z = Aᵀ dU'                  dk̂ = −beta∘Z Sᵀ             M = −stril(Z U'ᵀ), beta times it that of K Kᵀ∘L
+        dQ = e^G∘dq̂ + scale (dP∘L) K
+        dK = e^{G_C−G}∘dǩ + scale (dP∘L)ᵀ Q + e^G∘dk̂ + (beta∘M∘L) K + (beta∘M∘L)ᵀ K
+        dV = beta∘Z                 dbeta = Σ Z∘V − Σ (Z Sᵀ)∘k̂ + Σ_j M∘(K Kᵀ∘L)
+    decays: sums that end at i gain q̂·dq̂ + k̂·dk̂, and so on; see ``blocks.decay_gradient``
+
+Neither W nor U is needed: with ``dW = −dU' Sᵀ``, what W and U bring into M is ``Z Uᵀ − Z Sᵀ Wᵀ = Z U'ᵀ``.
 
 A transposed product is computed with its factors the other way round, or its transpose is: on Hopper, Triton 3.4 to
 3.7 miscompiles a product whose operand is the transpose of another product.
@@ -21,7 +22,7 @@ A transposed product is computed with its factors the other way round, or its tr
 import triton
 import triton.language as tl
 
-from .blocks import between, between_transposed, chunk, chunks, decay_gradient, dot, first_row, locate, span
+from .blocks import between, between_gradient, chunk, chunks, decay_gradient, dot, first_row, locate, span
 
 
 @triton.jit(do_not_specialize=["tokens", "per", "every"])
@@ -98,16 +99,17 @@ def chain_back(
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
-def reads_back(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, dy, dy_b, dy_t, dy_h, g, g_b, g_t, g_h, states, dstates,
-    dwritten, inward, outward, fade, dq, dk, dw, dp, dg, dfade, offsets,
+def chunks_back(
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
+    u, u_b, u_t, u_h, dy, dy_b, dy_t, dy_h, pairs, a, states, dstates, dwritten, inward, outward, fade,
+    dq, dk, dkeys_in, dv, dbeta, dg, dp, dn, dfade, offsets,
     tokens, sequences, per, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: dQ, dW, and of dK and dg what comes from reads and from the state's update.
+    """One chunk of one head: dQ, dK and dg, and for the delta rule dV and dbeta.
 
-    With DECAY 2, dq and dk are those of the folded q and k, and ``dp`` is left to ``decays.back``.
+    With DECAY 2, k is e^G∘K, dq and dk are what meets the state, and ``dp`` and ``dn`` are left to ``decays.unfold``.
     """
     pid = tl.program_id(0)
     head, row = pid % heads, (pid // heads).to(tl.int64)
@@ -119,54 +121,77 @@ def reads_back(
     place = (batch * tokens + start + t) * heads + head
     i, j = t[:, None], t[None, :]
     operand = k.dtype.element_ty
-    u += batch * u_b + (start + t[:, None]) * u_t + head * u_h
-    dy += batch * dy_b + (start + t[:, None]) * dy_t + head * dy_h
     q += batch * q_b + (start + t[:, None]) * q_t + (head // group) * q_h
     k += batch * k_b + (start + t[:, None]) * k_t + (head // group) * k_h
+    u += batch * u_b + (start + t[:, None]) * u_t + head * u_h
+    dy += batch * dy_b + (start + t[:, None]) * dy_t + head * dy_h
     states += (row * heads + head) * K * V
     dstates += (row * heads + head) * K * V
+    if DELTA:
+        v += batch * v_b + (start + t[:, None]) * v_t + head * v_h
+        strength = tl.load(beta + batch * beta_b + (start + t) * beta_t + head * beta_h, mask=t < count, other=0.0)
+        strength = strength.to(tl.float32)[:, None]
+        # A with its axes swapped.
+        solved = tl.load(a + place[None, :] * BT + t[:, None], mask=(t < count)[None, :], other=0.0)
+        dstrength = tl.zeros([BT], tl.float32)
 
-    pair = tl.zeros([BT, BT], tl.float32)
-    pair_t = tl.zeros([BT, BT], tl.float32)
+    reads, writes = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
     for at in range(0, V, BV):
         e = at + tl.arange(0, BV)[None, :]
-        arriving = tl.load(dy + e, mask=rows & (e < V), other=0.0)
-        write = tl.load(u + e, mask=rows & (e < V), other=0.0)
-        pair += dot(arriving, tl.trans(write), PRECISION)
-        if DECAY < 2:
-            pair_t += dot(write, tl.trans(arriving), PRECISION)
-    into, out_of = tl.full([BT], 1.0, tl.float32), tl.full([BT], 1.0, tl.float32)
-    if DECAY == 1:
-        g += batch * g_b + start * g_t + head * g_h
-        down = tl.load(g + i * g_t, mask=i < count, other=0.0).to(tl.float32)
-        across = tl.load(g + j * g_t, mask=j < count, other=0.0).to(tl.float32)
-        pair *= tl.exp(between(down, BT))
-        pair_t *= tl.exp(between_transposed(across, BT))
-        into = tl.load(inward + place, mask=t < count, other=0.0)
-        out_of = tl.load(outward + place, mask=t < count, other=0.0)
+        inside = rows & (e < V)
+        write = tl.trans(tl.load(u + e, mask=inside, other=0.0))
+        reads += dot(tl.load(dy + e, mask=inside, other=0.0), write, PRECISION)
+        if DELTA:
+            z = dot(solved, tl.load(dwritten + place[:, None] * V + e, mask=inside, other=0.0), PRECISION)
+            writes -= dot(z.to(operand), write, PRECISION)
+            dstrength += tl.sum(z * tl.load(v + e, mask=inside, other=0.0).to(tl.float32), axis=1)
+            tl.store(dv + place[:, None] * V + e, (strength * z).to(dv.dtype.element_ty), mask=inside)
+    reads *= scale
     if DECAY == 2:
-        tl.store(dp + place[:, None] * BT + j, tl.where(i >= j, scale * pair, 0.0).to(operand), mask=rows)
+        tl.store(dp + place[:, None] * BT + j, tl.where(i >= j, reads, 0.0).to(operand), mask=rows)
     # A token's own pair has no decay: among the others' its rounding would drown theirs.
-    own = tl.sum(tl.where(i == j, scale * pair, 0.0), axis=1)[:, None]
-    pair = tl.where(i > j, scale * pair, 0.0)
-    up, down_sum, total = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), 0.0
+    own = tl.sum(tl.where(i == j, reads, 0.0), axis=1)[:, None]
+    reads, writes = tl.where(i > j, reads, 0.0), tl.where(i > j, writes, 0.0)
+    into, out_of = tl.full([BT], 1.0, tl.float32)[:, None], tl.full([BT], 1.0, tl.float32)[:, None]
     if DECAY == 1:
-        # Rows and columns of one and the same matrix: what cancels between them cancels.
-        qk = tl.zeros([BT, BT], tl.float32)
+        g += batch * g_b + (start + t) * g_t + head * g_h
+        log = tl.load(g, mask=t < count, other=0.0).to(tl.float32)
+        lower = tl.exp(between(log[:, None], BT, PRECISION))
+        into = tl.load(inward + place, mask=t < count, other=0.0)[:, None]
+        out_of = tl.load(outward + place, mask=t < count, other=0.0)[:, None]
+    if DECAY < 2 and (DECAY == 1 or DELTA):
+        qk, kk = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
         for at in range(0, K, BK):
             c = at + tl.arange(0, BK)[None, :]
-            query = tl.load(q + c, mask=rows & (c < K), other=0.0)
-            qk += dot(query, tl.trans(tl.load(k + c, mask=rows & (c < K), other=0.0)), PRECISION)
-        qk *= pair
-        up += tl.sum(qk, axis=1) - tl.sum(qk, axis=0)
-    pair = pair.to(operand)
-    pair_t = tl.where(j > i, scale * pair_t, 0.0).to(operand)
+            key = tl.load(k + c, mask=rows & (c < K), other=0.0)
+            columns = tl.trans(key)
+            if DECAY == 1:
+                qk += dot(tl.load(q + c, mask=rows & (c < K), other=0.0), columns, PRECISION)
+            if DELTA:
+                kk += dot(key, columns, PRECISION)
+    if DELTA:
+        if DECAY == 2:
+            kk = tl.load(pairs + place[:, None] * BT + j, mask=rows & (i > j), other=0.0)
+        if DECAY == 1:
+            kk *= lower
+        dstrength += tl.sum(writes * kk, axis=1)
+        writes *= strength
+    if DECAY == 1:
+        reads *= lower
+        change = reads * qk
+        if DELTA:
+            change += writes * kk
+            writes *= lower
+        dlog = between_gradient(change, BT, operand, PRECISION)
+    reads, writes = reads.to(operand), writes.to(operand)
+    if DELTA and DECAY == 2:
+        tl.store(dn + place[:, None] * BT + j, writes, mask=rows)
 
+    up, down, total = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), 0.0
     for at in range(0, K, BK):
         c = at + tl.arange(0, BK)
         dquery, dkey = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
-        dcorrection = tl.zeros([BT, BK], tl.float32)
-        faded = tl.zeros([BK], tl.float32)
+        dkey_in, faded = tl.zeros([BT, BK], tl.float32), tl.zeros([BK], tl.float32)
         for to in range(0, V, BV):
             e = to + tl.arange(0, BV)[None, :]
             inside = rows & (e < V)
@@ -176,119 +201,47 @@ def reads_back(
             dquery += dot(tl.load(dy + e, mask=inside, other=0.0), tl.trans(state), PRECISION)
             dkey += dot(tl.load(u + e, mask=inside, other=0.0), tl.trans(dstate), PRECISION)
             if DELTA:
-                dwrite = tl.load(dwritten + place[:, None] * V + e, mask=inside, other=0.0)
-                dcorrection -= dot(dwrite, tl.trans(state), PRECISION)
+                z = dot(solved, tl.load(dwritten + place[:, None] * V + e, mask=inside, other=0.0), PRECISION)
+                dkey_in -= dot(z.to(operand), tl.trans(state), PRECISION)
             if DECAY:
                 faded += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
         keys = rows & (c < K)[None, :]
-        dquery *= scale * into[:, None]
-        dkey *= out_of[:, None]
+        at_keys = place[:, None] * K + c[None, :]
+        dquery *= scale * into
+        dkey *= out_of
+        if DELTA or DECAY < 2:
+            key = tl.load(k + c[None, :], mask=keys, other=0.0)
+        if DELTA:
+            dkey_in *= into
+            dstrength += tl.sum(dkey_in * key.to(tl.float32), axis=1)
+            dkey_in *= strength
         if DECAY < 2:
             query = tl.load(q + c[None, :], mask=keys, other=0.0)
-            key = tl.load(k + c[None, :], mask=keys, other=0.0)
             if DECAY == 1:
                 up += tl.sum(query.to(tl.float32) * dquery, axis=1)
-                down_sum += tl.sum(key.to(tl.float32) * dkey, axis=1)
+                down += tl.sum(key.to(tl.float32) * dkey, axis=1)
                 total += tl.sum(faded)
-            dquery += dot(pair, key, PRECISION) + own * key.to(tl.float32)
-            dkey += dot(pair_t, query, PRECISION) + own * query.to(tl.float32)
-        if DECAY == 2:
+                if DELTA:
+                    up += tl.sum(key.to(tl.float32) * dkey_in, axis=1)
+            dquery += dot(reads, key, PRECISION) + own * key.to(tl.float32)
+            # Products with matrices whose axes are swapped, as what they are with axes swapped.
+            columns = dot(tl.trans(query), reads, PRECISION)
+            dkey += own * query.to(tl.float32)
+            if DELTA:
+                columns += dot(tl.trans(key), writes, PRECISION)
+                dkey += dkey_in + dot(writes, key, PRECISION)
+            dkey += tl.trans(columns)
+        else:
             where = (row * heads + head) * K + c
             faded *= tl.load(fade + where, mask=c < K, other=0.0)
             tl.store(dfade + where, faded, mask=c < K)
-        at_keys = place[:, None] * K + c[None, :]
+            if DELTA:
+                tl.store(dkeys_in + at_keys, dkey_in, mask=keys)
         tl.store(dq + at_keys, dquery.to(dq.dtype.element_ty), mask=keys)
         tl.store(dk + at_keys, dkey.to(dk.dtype.element_ty), mask=keys)
-        if DELTA:
-            tl.store(dw + at_keys, dcorrection.to(dw.dtype.element_ty), mask=keys)
+    if DELTA:
+        tl.store(dbeta + place, dstrength.to(dbeta.dtype.element_ty), mask=t < count)
     if DECAY == 1:
         last = (batch * tokens + start + count - 1) * heads + head
-        found = decay_gradient(up, down_sum, total * tl.load(inward + last), BT)
-        tl.store(dg + place, found.to(dg.dtype.element_ty), mask=t < count)
-
-
-@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
-def writes_back(
-    k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, pairs, a, w, u, dw, dwritten,
-    inward, dk_reads, dg_reads, dk, dv, dbeta, dg, dn, offsets,
-    tokens, sequences, per, every, heads, group,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-    PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One chunk of one head: dV, dbeta, and what comes through the inverse of dK and dg.
-
-    With DECAY 2, k is e^G∘K and dk its gradient; ``dn`` is left to ``decays.back``.
-    """
-    pid = tl.program_id(0)
-    head, row = pid % heads, (pid // heads).to(tl.int64)
-    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
-    if count <= 0:
-        return
-    t = tl.arange(0, BT)
-    rows = (t < count)[:, None]
-    place = (batch * tokens + start + t) * heads + head
-    i, j = t[:, None], t[None, :]
-    operand = k.dtype.element_ty
-    k += batch * k_b + (start + t[:, None]) * k_t + (head // group) * k_h
-    v += batch * v_b + (start + t[:, None]) * v_t + head * v_h
-    strength = tl.load(beta + batch * beta_b + (start + t) * beta_t + head * beta_h, mask=t < count, other=0.0)
-    strength = strength.to(tl.float32)
-    # A with its axes swapped.
-    solved = tl.load(a + place[None, :] * BT + t[:, None], mask=(t < count)[None, :], other=0.0)
-    into, decay = tl.full([BT], 1.0, tl.float32), tl.full([BT, BT], 1.0, tl.float32)
-    if DECAY == 1:
-        into = tl.load(inward + place, mask=t < count, other=0.0)
-        g += batch * g_b + (start + t[:, None]) * g_t + head * g_h
-        decay = tl.exp(between(tl.load(g, mask=rows, other=0.0).to(tl.float32), BT))
-
-    mixed = tl.zeros([BT, BT], tl.float32)
-    kk = tl.zeros([BT, BT], tl.float32)
-    dstrength = tl.zeros([BT], tl.float32)
-    for at in range(0, V, BV):
-        e = at + tl.arange(0, BV)[None, :]
-        inside = rows & (e < V)
-        dwrite = tl.load(dwritten + place[:, None] * V + e, mask=inside, other=0.0)
-        z = dot(solved, dwrite, PRECISION)
-        prepared = tl.load(u + place[:, None] * V + e, mask=inside, other=0.0)
-        mixed += dot(z.to(operand), tl.trans(prepared), PRECISION)
-        dstrength += tl.sum(z * tl.load(v + e, mask=inside, other=0.0).to(tl.float32), axis=1)
-        tl.store(dv + place[:, None] * V + e, (strength[:, None] * z).to(dv.dtype.element_ty), mask=inside)
-    for at in range(0, K, BK):
-        c = at + tl.arange(0, BK)[None, :]
-        inside = rows & (c < K)
-        x = dot(solved, tl.load(dw + place[:, None] * K + c, mask=inside, other=0.0), PRECISION)
-        prepared = tl.load(w + place[:, None] * K + c, mask=inside, other=0.0)
-        mixed += dot(x.to(operand), tl.trans(prepared), PRECISION)
-        key = tl.load(k + c, mask=inside, other=0.0)
-        dstrength += tl.sum(x * key.to(tl.float32) * into[:, None], axis=1)
-        if DECAY < 2:
-            kk += dot(key, tl.trans(key), PRECISION)
-    if DECAY == 2:
-        kk = tl.load(pairs + place[:, None] * BT + j, mask=rows, other=0.0)
-    kk *= decay
-    mixed = tl.where(i > j, -mixed, 0.0)
-    dstrength += tl.sum(mixed * kk, axis=1)
-    tl.store(dbeta + place, dstrength.to(dbeta.dtype.element_ty), mask=t < count)
-
-    mixed *= strength[:, None]
-    up = tl.sum(mixed * kk, axis=1) - tl.sum(mixed * kk, axis=0)
-    scaled = (mixed * decay).to(operand)
-    if DECAY == 2:
-        tl.store(dn + place[:, None] * BT + j, scaled, mask=rows)
-    for at in range(0, K, BK):
-        c = at + tl.arange(0, BK)[None, :]
-        inside = rows & (c < K)
-        x = dot(solved, tl.load(dw + place[:, None] * K + c, mask=inside, other=0.0), PRECISION)
-        entering = strength[:, None] * x
-        if DECAY < 2:
-            key = tl.load(k + c, mask=inside, other=0.0)
-            entering *= into[:, None]
-            up += tl.sum(key.to(tl.float32) * entering, axis=1)
-            entering += tl.load(dk_reads + place[:, None] * K + c, mask=inside, other=0.0).to(tl.float32)
-            # Mᵀ K as the transpose of Kᵀ M.
-            entering += dot(scaled, key, PRECISION) + tl.trans(dot(tl.trans(key), scaled, PRECISION))
-        tl.store(dk + place[:, None] * K + c, entering.to(dk.dtype.element_ty), mask=inside)
-    if DECAY == 1:
-        found = decay_gradient(up, tl.zeros([BT], tl.float32), 0.0, BT)
-        found += tl.load(dg_reads + place, mask=t < count, other=0.0)
+        found = dlog + decay_gradient(up, down, total * tl.load(inward + last), BT)
         tl.store(dg + place, found.to(dg.dtype.element_ty), mask=t < count)

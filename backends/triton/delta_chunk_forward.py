@@ -45,10 +45,10 @@ def block_decay(g, g_t, a, b, count):
 
 
 @triton.jit
-def own_decay(g, g_t, a, count):
+def own_decay(g, g_t, a, count, PRECISION: tl.constexpr):
     """``e^{G_i−G_j}`` inside one sub-chunk, for i ≥ j."""
     t = a * 16 + tl.arange(0, 16)
-    return tl.exp(between(tl.load(g + t * g_t, mask=t < count, other=0.0).to(tl.float32)[:, None], 16))
+    return tl.exp(between(tl.load(g + t * g_t, mask=t < count, other=0.0).to(tl.float32)[:, None], 16, PRECISION))
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def gram(
         found = product(k, k_t, k, k_t, a, b, count, K, BK, PRECISION)
     if DECAY == 1:
         if OWN:
-            found *= own_decay(g, g_t, a, count)
+            found *= own_decay(g, g_t, a, count, PRECISION)
         else:
             found *= block_decay(g, g_t, a, b, count)
     found *= tl.load(beta + (a * 16 + t) * beta_t, mask=a * 16 + t < count, other=0.0).to(tl.float32)[:, None]
@@ -219,7 +219,7 @@ def scores(
         g += batch * g_b + (start + t) * g_t + head * g_h
         log = tl.load(g, mask=t < count, other=0.0).to(tl.float32)
         later = tl.load(g + g_t, mask=t + 1 < count, other=0.0).to(tl.float32)
-        qk *= tl.exp(between(log[:, None], BT))
+        qk *= tl.exp(between(log[:, None], BT, PRECISION))
         tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=t < count)
         tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=t < count)
     reads = tl.where(i >= j, scale * qk, 0.0)
