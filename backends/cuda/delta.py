@@ -31,7 +31,7 @@ WIDEST, MOST_CELLS = 256, 32
 GRANULE = WARP
 
 # Registers of states between two that are kept, and tokens and bytes of shared memory of a segment of the backward.
-MOST_HELD, SEGMENTS, MOST_SHARED = 64, (32, 16, 8, 4), 200 * 1024
+MOST_HELD, SEGMENTS, MOST_SHARED = 64, (8, 4) if SIMULATED else (32, 16, 8, 4), 200 * 1024
 
 # Bytes of shared memory that a block has without asking.
 STATIC_SHARED = 48 * 1024
