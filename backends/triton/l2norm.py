@@ -1,5 +1,7 @@
 """Rows of norm 1, nearly: ``x / sqrt(Σx² + eps)``, and the adjoint ``(dn − n ⟨n, dn⟩) / sqrt(Σx² + eps)``.
 
+Roots and quotients are rounded correctly: in a row that has one direction alone, the adjoint's difference cancels.
+
 x, n [B,T,G,K]
 """
 
@@ -24,7 +26,7 @@ def _forward(
     head, token = r % heads, r // heads
     at = (token // tokens) * x_b + (token % tokens) * x_t + head * x_h + c
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    row /= tl.sqrt(tl.sum(row * row, axis=1, keep_dims=True) + eps)
+    row = tl.div_rn(row, tl.sqrt_rn(tl.sum(row * row, axis=1, keep_dims=True) + eps))
     tl.store(n + r * K + c, row.to(n.dtype.element_ty), mask=inside)
 
 
@@ -38,8 +40,8 @@ def _backward(
     at = (token // tokens) * x_b + (token % tokens) * x_t + head * x_h + c
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     arriving = tl.load(dn + r * K + c, mask=inside, other=0.0).to(tl.float32)
-    size = tl.sqrt(tl.sum(row * row, axis=1, keep_dims=True) + eps)
-    row /= size
+    size = tl.sqrt_rn(tl.sum(row * row, axis=1, keep_dims=True) + eps)
+    row = tl.div_rn(row, size)
     along = tl.sum(row * arriving, axis=1, keep_dims=True)
     tl.store(dx + r * K + c, ((arriving - row * along) / size).to(dx.dtype.element_ty), mask=inside)
 

@@ -33,6 +33,7 @@ from .blocks import span
 from .kernel import TritonKernel, blank_unused, dense, first_marks, place
 from .ttt_backward import backward
 from .ttt_rows import (
+    SHORTEST,
     Layout,
     Scratch,
     add_product,
@@ -115,7 +116,7 @@ def learn(
     mark = first
     if weight2 is not None:
         mark = tl.load(marks + n) if PACKED else n * (tokens // EVERY)
-    place = tl.load(phase0 + n * long(pn, False)).to(tl.int64)
+    begun = tl.load(phase0 + n * long(pn, False)).to(tl.int64)
 
     kt, vt = long(kt, ALIGNED), long(vt, ALIGNED)
     k += row * long(kb, ALIGNED) + first * kt + (head // group) * long(kh, ALIGNED)
@@ -144,9 +145,9 @@ def learn(
     copy(weight_sum0, 0, long(r0r, ALIGNED), sums, WIDTH, D, SLICE)
     tl.debug_barrier()
 
-    t, blocks = tl.zeros_like(first), tl.zeros_like(first)
+    t, place, blocks = tl.zeros_like(first), begun, tl.zeros_like(first)
     rows = cut(t, place, length, CHUNK, ROWS, EVERY)
-    last_t, last_place, last_rows = t, place, rows
+    last_t = t
     keys, values = load_tile(k, kt, i, d, rows, WIDTH), load_tile(v, vt, i, d, rows, WIDTH)
     strengths = tl.load(beta + i * long(bt, False), mask=i < rows, other=0.0).to(tl.float32)
     while t < length:
@@ -253,7 +254,8 @@ def learn(
             sums += heads * WIDTH * WIDTH
             bias_sums += heads * WIDTH
         keys, values, strengths = next_keys, next_values, next_strengths
-        last_t, last_place, last_rows = t, place, rows
+        # Not `last_t = t`: Triton 3.6 then takes last_t for a constant, that of before the loop.
+        last_t = tl.maximum(last_t, t)
         t, place, rows, slot, blocks = at_t, at_place, at_rows, slot + 1, blocks + 1
 
     if head == 0:
@@ -273,6 +275,7 @@ def learn(
             back = tl.where(blocks > 0, 1, 0) * heads * WIDTH
             sums -= back * WIDTH
             bias_sums -= back
+        last_rows, last_place = length - last_t, (begun + last_t) % CHUNK
         end = last_place + last_rows
         mu, _ = mini_batch(last_place, i, CHUNK)
         write = load_tile(write_ + (out + last_t * heads) * WIDTH, out_row, i, d, last_rows, WIDTH)
@@ -393,7 +396,7 @@ class TTTChunk(TritonKernel):
         """Rows of a block, of one mini-batch or of several."""
         width, chunk = problem.widths[2], problem.option["chunk_size"]
         most = 16 if multiplied(problem, adjoint=False) == "ieee" else 32
-        rows = 16 if chunk < 4 else most
+        rows = 16 if chunk < SHORTEST else most
         best = rows, 4 if width <= 64 else 8
         others = ((rows, warps) for rows in (16, 32, 64) for warps in (4, 8) if rows <= most and (rows, warps) != best)
         return tuple({"rows": rows, "num_warps": warps, "num_stages": 1} for rows, warps in (best, *others))

@@ -136,8 +136,14 @@ def _run_numpy(call: _Call, cast: _Cast, seeds: _Seeds, device: str) -> tuple[Na
 def _run_torch(call: _Call, cast: _Cast, seeds: _Seeds, device: str) -> tuple[Named, Named]:
     import torch
 
+    def alike(array: np.ndarray, dtype: Any) -> Any:
+        """A tensor with the array's numbers and strides."""
+        strides = [stride // array.itemsize for stride in array.strides]
+        tensor = torch.empty_strided(array.shape, strides, dtype=dtype, device=device)
+        return tensor.copy_(torch.from_numpy(np.array(array)))
+
     def leaf(array: np.ndarray, dtype: str) -> Any:
-        tensor = torch.from_numpy(np.array(array)).to(device=device, dtype=getattr(torch, dtype))
+        tensor = alike(array, getattr(torch, dtype))
         return tensor.requires_grad_(seeds is not None and tensor.is_floating_point())
 
     def host(tensor: Any) -> np.ndarray:
@@ -153,9 +159,7 @@ def _run_torch(call: _Call, cast: _Cast, seeds: _Seeds, device: str) -> tuple[Na
         gradients = {}
         if seeds is not None:
             flowing = {n: s for n, s in seeds.items() if outputs[n].requires_grad}  # no token, no gradient
-            given = [
-                torch.from_numpy(np.array(s)).to(device=device, dtype=outputs[n].dtype) for n, s in flowing.items()
-            ]
+            given = [alike(s, outputs[n].dtype) for n, s in flowing.items()]
             leaves = {name: a for name, a in arrays.items() if a.is_floating_point()}
             found: tuple[Any, ...] = (None,) * len(leaves)
             if flowing:
