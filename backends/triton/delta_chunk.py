@@ -158,7 +158,7 @@ class Cut:
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
             **self.constants(block(s.K)), DELTA=self.delta, PRECISION=self.precision,
-            num_warps=min(8, max(1, block(s.K) // 16)), num_stages=1,
+            num_warps=max(1, block(s.K) // 32), num_stages=1,
         )  # fmt: skip
 
     def spell_out(self) -> None:
@@ -267,7 +267,7 @@ def _side_by_side(
         dwritten, cut.inward, cut.outward, cut.fade, dq_met, dk_met, dkeys_in, dx["v"], dx.get("beta"), dg, dp, dn,
         dfade, cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale,
         **cut.constants(*cut.wide), DELTA=cut.delta, DECAY=cut.decay, PRECISION=cut.precision,
-        num_warps=cut.warps, num_stages=1,
+        num_warps=cut.warps, num_stages=2,
     )  # fmt: skip
     if folded:
         _unfold(cut, dp, dn, dq_met, dkeys_in, dk_met, dfade, dq, dk, dg)
