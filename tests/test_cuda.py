@@ -286,14 +286,14 @@ def test_graphs_replay_forward_backward_and_step(name: str) -> None:
 @on_gpu
 @each_mixer
 def test_registers_hold_the_state(name: str) -> None:
-    """No local memory, in any kernel that a call loads."""
+    """In local memory, which is slow, there is no tile of a state, in any kernel that a call loads."""
     for dtype in ("bfloat16", "float32"):
         losses(mixers.get(name, backend="cuda"), inputs(name, 2, 70, width=64, dtype=dtype))
     for program in programs():
         for (_, chosen, *_), function in program.functions.items():
-            if dict(chosen).get("real") == "float32":
-                usage = function.usage(0)
-                assert usage.local_bytes == 0, (program.module, chosen, usage)
+            constants, usage = dict(chosen), function.usage(0)
+            tile = 4 * constants.get("rows", 1) * constants.get("columns", 1)
+            assert usage.local_bytes < tile and usage.registers <= 255, (program.module, chosen, usage)
 
 
 @on_gpu

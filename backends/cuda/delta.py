@@ -95,8 +95,8 @@ class DeltaRecurrent(CudaKernel):
         return Support.yes()
 
     def suits(self, problem: Problem) -> bool:
-        """One token a sequence; chunks on tensor cores are faster for more, where somebody has them."""
-        return problem.single
+        """No: chunks on tensor cores, and Triton's single token, were measured faster where they can run."""
+        return False
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Few lanes a column where there are sequences enough to fill a GPU, more of them where there are not."""
