@@ -20,7 +20,7 @@ that only fill a tile up are unit vectors that no key reaches.
 Tokens come through shared memory a tile at a time, loaded while the tile before is worked on. There is one barrier a
 token.
 
-    slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 l + j % 4
+    slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 band + j % 4
 
 Of a sum over the slots a lane keeps its share of columns, an aligned piece of its own.
 """
@@ -30,7 +30,7 @@ import math
 import numpy as np
 
 from .device import WARP, load, store, sum_lanes
-from .folds import any_lane, fold, get, put, rsqrt, shared_place, shares, write_four
+from .folds import any_lane, fold, get, later, put, rsqrt, shared_place, shares, write_four
 from .lattice_slots import DECODING, ENCODING, direction
 from .source import cuda
 
@@ -69,8 +69,12 @@ def build(
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
     along, across = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS)
     take_rows, take_four, take, leave = get(real, ROW), get(real, 4), get(real, 1), put(real)
-    read, write, write_kept = load(kind), store(kind), write_four(real)
-    read_beta, read_decay, read_first, read_source = load(beta), load(decay), load(first), load(source)
+    read, widen, bits = later(kind, real)
+    read_beta, widen_beta, beta_bits = later(beta, real)
+    read_decay, widen_decay, decay_bits = later(decay, real)
+    write, write_kept = store(kind), write_four(real)
+    read_first, read_source = load(first), load(source)
+    no_bits, no_beta, no_decay = bits(0), beta_bits(0), decay_bits(0)
     write_target, write_mark, write_real = store(target), store(marks), store(real)
     read_slot, read_out_slot, read_fresh, read_offset = load(slots), load(out_slots), load(fresh), load("int64")
 
@@ -84,9 +88,9 @@ def build(
         held = shared_place(cuda.shared.array(ALL, number))
         thread = np.int32(cuda.threadIdx.x)
         warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
+        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
         row0 = warp * np.int32(R * M) + m * np.int32(R)
-        column0 = np.int32(4) * l
+        column0 = np.int32(4) * band
         mine = np.int32(0)
         for bit, offset in CHOSEN:
             mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
@@ -129,11 +133,11 @@ def build(
         keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
         gain = number(scale)
 
-        some_k = cuda.local.array(SOME_K, number)
-        some_q = cuda.local.array(SOME_K, number)
-        some_v = cuda.local.array(SOME_V, number)
-        some_b = cuda.local.array(SOME_B, number)
-        some_g = one
+        some_k = cuda.local.array(SOME_K, bits)
+        some_q = cuda.local.array(SOME_K, bits)
+        some_v = cuda.local.array(SOME_V, bits)
+        some_b = cuda.local.array(SOME_B, beta_bits)
+        some_g = no_decay
         a = cuda.local.array(R, number)
         rho = cuda.local.array(R, number)
         alpha = cuda.local.array(R, number)
@@ -192,41 +196,41 @@ def build(
                     at = np.int32(i * THREADS) + thread
                     token, row = first_ahead + at // np.int32(KP), at % np.int32(KP)
                     inside = token < length and row < K and (FULL_K or at < tile * KP)
-                    some_k[i] = number(read(k, k_at + token * k_t + row * k_d)) if inside else zero
-                    some_q[i] = number(read(q, q_at + token * q_t + row * q_d)) if READS and inside else zero
+                    some_k[i] = read(k, k_at + token * k_t + row * k_d) if inside else no_bits
+                    some_q[i] = read(q, q_at + token * q_t + row * q_d) if READS and inside else no_bits
                 for i in range(SOME_V):
                     at = np.int32(i * THREADS) + thread
                     token, column = first_ahead + at // np.int32(VP), at % np.int32(VP)
                     inside = token < length and column < V and (FULL_V or at < tile * VP)
-                    some_v[i] = number(read(v, v_at + token * v_t + column * v_d)) if inside else zero
+                    some_v[i] = read(v, v_at + token * v_t + column * v_d) if inside else no_bits
                 for i in range(SOME_B):
                     at = np.int32(i * THREADS) + thread
                     token, row = first_ahead + at // np.int32(BP), at % np.int32(BP)
                     inside = token < length and row < K and (FULL_B or at < tile * BP)
-                    some_b[i] = number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero
+                    some_b[i] = read_beta(beta, beta_at + token * beta_t + row * beta_d) if inside else no_beta
                 if GATED:
-                    some_g = one
+                    some_g = no_decay
                     if thread < tile and first_ahead + thread < length:
-                        some_g = number(math.exp(number(read_decay(g, g_at + (first_ahead + thread) * g_t))))
+                        some_g = read_decay(g, g_at + (first_ahead + thread) * g_t)
             elif u == tile - 2:
                 # From registers to shared memory, a barrier before the first is read.
                 to = np.int32(first_ahead) & np.int32(RING - 1)
                 for i in range(SOME_K):
                     at = np.int32(i * THREADS) + thread
                     if FULL_K or at < tile * KP:
-                        leave(held, to * np.int32(KP) + at, some_k[i])
+                        leave(held, to * np.int32(KP) + at, number(widen(some_k[i])))
                         if READS:
-                            leave(held, QUERIES + to * np.int32(KP) + at, some_q[i])
+                            leave(held, QUERIES + to * np.int32(KP) + at, number(widen(some_q[i])))
                 for i in range(SOME_V):
                     at = np.int32(i * THREADS) + thread
                     if FULL_V or at < tile * VP:
-                        leave(held, VALUES + to * np.int32(VP) + at, some_v[i])
+                        leave(held, VALUES + to * np.int32(VP) + at, number(widen(some_v[i])))
                 for i in range(SOME_B):
                     at = np.int32(i * THREADS) + thread
                     if FULL_B or at < tile * BP:
-                        leave(held, BETAS + to * np.int32(BP) + at, some_b[i])
+                        leave(held, BETAS + to * np.int32(BP) + at, number(widen_beta(some_b[i])))
                 if GATED and thread < tile:
-                    leave(held, FADES + to + thread, some_g)
+                    leave(held, FADES + to + thread, number(math.exp(number(widen_decay(some_g)))))
             if READS and (u == 1 or TOGETHER < tile) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
                 # Reads that every warp has left its part of.
                 for i in range(SOME_Y):
@@ -372,7 +376,7 @@ def build(
 
             if KEEPS:
                 at = ((row_at + t) * heads + head) * (2 * K + V)
-                if l == 0:
+                if band == 0:
                     for i in range(R):
                         if row0 + i < K:
                             write_real(measured, at + row0 + i, a[i])
