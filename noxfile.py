@@ -23,7 +23,7 @@ PINS = ("-c", "constraints.txt")
 # interpreter and those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of
 # the laws, another part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 SIMULATED = ("tests/conformance/test_laws.py", "tests/test_triton.py", "tests/test_readme.py", "--most", "30000")
-SIMULATED_CUDA = ("tests/conformance/test_laws.py", "tests/test_cuda.py", "--most", "1000")
+SIMULATED_CUDA = ("tests/conformance/test_laws.py", "tests/test_cuda.py", "--most", "700")
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 TESTS = {
     "reference": ("", ("tests", "--backend", "reference", "--share", "24")),
@@ -31,7 +31,7 @@ TESTS = {
     "torch": ("[torch]", ("tests", "--share", "24")),
     "jax": ("[jax]", ("tests", "--backend", "reference", "--share", "48")),
     "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "64")),
-    "cuda": ("[torch]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "24")),
+    "cuda": ("[torch]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "32")),
 }
 
 # Two processes of tests share the cores: threads that wait must not spin, and torch needs no more than one a process.

@@ -25,7 +25,7 @@ class Case:
         mixer: as in ``mixers.get(name)``.
         batch: sequences.
         length: tokens; a step takes one of them.
-        heads: heads of keys and values alike.
+        heads: heads of values, and of keys unless ``key_heads`` says otherwise.
         key_dim: width of queries and keys.
         value_dim: width of values.
         kind: ``"forward"``, ``"forward_backward"`` or ``"step"``.
@@ -33,6 +33,7 @@ class Case:
         dtype: of q, k and v; gates are float32 or wider.
         device: ``"cpu"`` or ``"cuda"``.
         optional: optional inputs that are passed all the same.
+        key_heads: heads of queries and keys where they are fewer; 0 for as many as values have.
     """
 
     mixer: str
@@ -46,6 +47,7 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     optional: tuple[str, ...] = ()
+    key_heads: int = 0
 
     @property
     def spec(self) -> MixerSpec:
@@ -62,7 +64,7 @@ class Case:
         """The length of every axis."""
         b, h = self.batch, self.heads
         chunk = self.option.get("chunk_size", 1)
-        return Sizes(B=b, T=self.length, G=h, H=h, K=self.key_dim, V=self.value_dim, N=b, C=chunk)
+        return Sizes(B=b, T=self.length, G=self.key_heads or h, H=h, K=self.key_dim, V=self.value_dim, N=b, C=chunk)
 
     @property
     def scale(self) -> float:
@@ -105,5 +107,6 @@ class Case:
     @property
     def label(self) -> str:
         """Sizes as ``(B,T,H,K,V)`` and options that differ from the defaults."""
-        sizes = f"({self.batch},{self.length},{self.heads},{self.key_dim},{self.value_dim})"
+        heads = f"{self.key_heads}/{self.heads}" if self.key_heads else self.heads
+        sizes = f"({self.batch},{self.length},{heads},{self.key_dim},{self.value_dim})"
         return " ".join([sizes, *(f"{name}={value}" for name, value in self.options)])

@@ -1,30 +1,36 @@
 """The numbers that the page of GPU figures quotes, measured on this machine's GPU: ``python -m benchmarks.gpu``.
 
 Every comparison runs ours and flash-linear-attention's kernel in one process, in turns, as CUDA graphs, so that only
-the device's time counts; a ratio is one of medians. Eager times, which hold the way through Python, stand beside.
-Writes ``benchmarks/results/gpu.json``.
+the device's time counts; a ratio is one of medians. Eager times, which hold the way through Python, stand beside, and
+the times of single kernels as torch's profiler sees them. Compiling takes longest: ``--jobs 16`` does that first, in so
+many processes. Writes ``benchmarks/results/gpu.json``.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import mixers
 from benchmarks import floor
 from benchmarks.case import FORWARD, STEP, TRAIN, Case
 from benchmarks.peers import fla
 from benchmarks.report import duration, quantity, table
+from mixers.nn import MixerLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -47,6 +53,8 @@ LATTICE = (
     *((shape, (("chunk_size", c),)) for shape in SHAPES[:2] for c in (16, 64)),
     (SHAPES[0], ()),
 )
+# One sequence of so many tokens, (key heads, value heads) of width 128.
+SERVED = tuple((length, *heads) for length in (8192, 32768) for heads in ((16, 16), (16, 32), (8, 16), (4, 8), (2, 8)))
 POOLS = ((1, 16, 64), (1, 16, 128), (256, 16, 64), (256, 16, 128))
 
 Run = Callable[[], Any]
@@ -78,7 +86,7 @@ def draw(case: Case) -> dict[str, Tensor]:
 def ours(case: Case, x: dict[str, Tensor]) -> Run:
     """A pass of the kernel that a user gets."""
     mix = mixers.get(case.mixer, **dict(case.options))
-    return bound(lambda **given: mix(**given, return_state=False).y, case.kind, x)
+    return bound(lambda **given: mix(**given).y, case.kind, x)  # with the last state, as the peer
 
 
 def theirs(case: Case, x: dict[str, Tensor]) -> Run:
@@ -171,10 +179,20 @@ def peak(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def kernels(run: Run, calls: int = 3) -> dict[str, float]:
+    """Microseconds that each kernel of a call takes, longest first; those of a launch that comes twice are added."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    found = {event.key: event.self_device_time_total / calls for event in seen.key_averages()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def duel(case: Case, peer: bool, rates: floor.Rates) -> dict[str, Any]:
     """Ours, and fla's where it has one and does not refuse."""
     x = draw(case)
-    runs, memory, refusal = {"ours": ours(case, x)}, {}, ""
+    runs, refusal = {"ours": ours(case, x)}, ""
     if peer:
         other = theirs(case, x)
         try:
@@ -182,23 +200,21 @@ def duel(case: Case, peer: bool, rates: floor.Rates) -> dict[str, Any]:
             runs["fla"] = other
         except Exception as error:
             refusal = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    if case.kind == TRAIN:
-        memory = {name: peak(run) for name, run in runs.items()}
+    memory = {name: peak(run) for name, run in runs.items()} if case.kind == TRAIN else {}
     eager = alternate(runs, turns=3)
-    device, failed = {}, {}
-    graphs = {}
+    graphs, failed = dict(runs), {}
     for name, run in runs.items():
         try:
             graphs[name] = graph(run)
         except Exception as error:
             failed[name] = f"no graph: {str(error).splitlines()[0][:160]}"
-            graphs[name] = run
     device = alternate(graphs)
     mix = mixers.get(case.mixer, **dict(case.options))
     seconds = device["ours"] / 1e3
     return {
         "mixer": case.mixer,
-        "shape": list(case.sizes.shape("B T H K")),
+        "shape": [case.batch, case.length, case.heads, case.key_dim],
+        "key_heads": case.key_heads or case.heads,
         "options": dict(case.options),
         "pass": case.kind,
         "dtype": case.dtype,
@@ -215,6 +231,7 @@ def duel(case: Case, peer: bool, rates: floor.Rates) -> dict[str, Any]:
         "tokens_per_second": case.tokens / seconds,
         "tflops": case.flops / seconds / 1e12,
         "floor_fraction": rates.floor(case) / seconds,
+        "kernels_us": kernels(runs["ours"]),
     }
 
 
@@ -248,6 +265,35 @@ def served(batch: int, heads: int, width: int, form: str, rates: floor.Rates) ->
     }
 
 
+PRODUCTS = ("gemm", "cutlass", "nvjet", "cublas", "splitK")  # in the names of matrix product kernels
+
+
+LAYER = {"d_model": 2048, "heads": 32, "key_heads": 16, "key_dim": 128, "value_dim": 128}
+
+
+def layer_step(batch: int = 64) -> dict[str, Any]:
+    """One token through a layer: projections, convolution, gates, norms, the recurrence, in a graph."""
+    layer = MixerLayer("gated_delta_rule", **LAYER).to("cuda", torch.bfloat16)
+    x = torch.randn(batch, LAYER["d_model"], device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        _, state = layer.step(x)
+
+    @torch.no_grad()
+    def run() -> Any:
+        return layer.step(x, state)
+
+    seconds = alternate({"ours": graph(run)})["ours"] / 1e3
+    each = kernels(run)
+    products = sum(us for name, us in each.items() if any(part in name for part in PRODUCTS))
+    return {
+        "batch": batch,
+        **LAYER,
+        "microseconds": seconds * 1e6,
+        "share_outside_products": 1 - products / sum(each.values()),
+        "kernels_us": each,
+    }
+
+
 def machine() -> dict[str, Any]:
     """What ran, on what, when."""
     versions = {}
@@ -269,7 +315,9 @@ def machine() -> dict[str, Any]:
 
 def show(row: dict[str, Any]) -> list[str]:
     """A line of the table."""
-    shape = ",".join(map(str, row["shape"])) + "".join(f" C={c}" for c in row["options"].values())
+    batch, length, heads, width = row["shape"]
+    heads = heads if heads == row["key_heads"] else f"{row['key_heads']}/{heads}"
+    shape = f"{batch},{length},{heads},{width}" + "".join(f" C={c}" for c in row["options"].values())
     other = duration(row["fla_ms"] / 1e3) if row["fla_ms"] else "refuses" if row["fla_refuses"] else ""
     ratio = f"{row['ratio']:.2f}×" if row["ratio"] else ""
     memory = "" if row["ours_peak_bytes"] is None else quantity(row["ours_peak_bytes"]) + "B"
@@ -303,6 +351,34 @@ def cases(names: list[str], shapes: list[tuple[int, int, int, int]]) -> list[tup
     return found
 
 
+def compile_first(names: list[str], shapes: list[int], jobs: int, rest: list[str]) -> None:
+    """Every mixer at every shape in a process of its own, so that the caches of compiled kernels are full."""
+
+    def one(name: str, shape: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--mixers", name, "--shapes", str(shape), "--once", *rest]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda pair: one(*pair), itertools.product(names, shapes)))
+
+
+def once(case: Case, peer: bool) -> None:
+    """Run a case and its peer, for what they compile."""
+    x = draw(case)
+    ours(case, x)()
+    if peer:
+        theirs(case, x)()
+    torch.cuda.synchronize()
+
+
+def serving_cases() -> list[Case]:
+    """Prefills of one long sequence."""
+    return [
+        Case("gated_delta_rule", 1, length, heads, 128, 128, FORWARD, (), "bfloat16", "cuda", key_heads=keys)
+        for length, keys, heads in SERVED
+    ]
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
@@ -310,23 +386,37 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)), help="numbers in SHAPES")
     parser.add_argument("--alone", action="store_true", help="without fla")
     parser.add_argument("--serve", action=argparse.BooleanOptionalAction, default=True, help="step and decode too")
+    parser.add_argument("--jobs", type=int, default=0, help="compile in so many processes first")
+    parser.add_argument("--once", action="store_true", help="run every case once and measure nothing")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     chosen = parser.parse_args()
 
+    wanted = cases(chosen.mixers, [SHAPES[i] for i in chosen.shapes])
+    wanted = [(replace(case, dtype=chosen.dtype), peer and not chosen.alone) for case, peer in wanted]
+    if chosen.once:
+        for case, peer in wanted:
+            with contextlib.suppress(Exception):  # what fails will say so when it is measured
+                once(case, peer)
+        return
+    if chosen.jobs:
+        compile_first(chosen.mixers, list(chosen.shapes), chosen.jobs, ["--alone"] if chosen.alone else [])
+    if chosen.serve:
+        wanted += [(case, not chosen.alone) for case in serving_cases()]
     rates = floor.measure("cuda", chosen.dtype)
     found: dict[str, Any] = {"machine": machine(), "rates": vars(rates), "duels": [], "serving": []}
     print("\n".join(f"{name}: {value}" for name, value in found["machine"].items()))
     print(f"copy {rates.copy / 1e12:.2f} TB/s, {chosen.dtype} products {rates.matmul / 1e12:.0f} TFLOP/s\n")
     headers = ("mixer", "(B,T,H,D)", "pass", "ours", "fla", "ratio", "eager", "TFLOP/s", "of floor", "peak ours / fla")
-    for case, peer in cases(chosen.mixers, [SHAPES[i] for i in chosen.shapes]):
+    for case, peer in wanted:
         try:
-            row = duel(replace(case, dtype=chosen.dtype), peer and not chosen.alone, rates)
+            row = duel(case, peer, rates)
         except torch.cuda.OutOfMemoryError as error:
             print(f"{case.mixer} {case.label} {case.kind}: {error}", flush=True)
             continue
         found["duels"].append(row)
         print(" | ".join(show(row)), flush=True)
+        write(found, chosen.out)  # a run that is cut short leaves what it has
         torch.cuda.empty_cache()
     print("\n" + table(headers, [show(row) for row in found["duels"]]))
     if chosen.serve:
@@ -336,9 +426,16 @@ def main() -> None:
                 found["serving"].append(row)
                 speed = f"{row['microseconds']:.1f} µs, {row['copy_fraction']:.0%} of the copy rate"
                 print(f"{form} ({batch},{heads},{width}): {speed}", flush=True)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        found["layer_step"] = row = layer_step()
+        print(f"layer.step: {row['microseconds']:.1f} µs, {row['share_outside_products']:.0%} outside the products")
+    write(found, chosen.out)
     print(f"written: {chosen.out}")
+
+
+def write(found: dict[str, Any], path: Path) -> None:
+    """As JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

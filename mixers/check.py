@@ -317,7 +317,10 @@ def peer_slope(setting: Setting, x: Named, dout: Named, name: str, direction: np
 
 def _peer_error(setting: Setting, x: Named, dout: Named, name: str, direction: np.ndarray, expected: float) -> float:
     """How far the float32 reference is from the true derivative: the worst of several draws, as in ``peer_errors``."""
-    moved = ({n: _moved(a, generator(jitter, n)) if jitter else a for n, a in x.items()} for jitter in range(17))
+    moved = (
+        {n: _moved(a, EPSILON["float32"], generator(jitter, n)) if jitter else a for n, a in x.items()}
+        for jitter in range(17)
+    )
     return max(abs(peer_slope(setting, m, dout, name, direction) - expected) for m in moved)
 
 

@@ -57,6 +57,16 @@ def kind(array: Array) -> str:
     """The name of an array's dtype; empty for None."""
     if array is None:
         return ""
+    found = _names.get(array.dtype)
+    if found is None:
+        found = _names[array.dtype] = _name(array)
+    return found
+
+
+_names: dict[Any, str] = {}
+
+
+def _name(array: Array) -> str:
     if _is_tensor(array):
         return str(array.dtype).removeprefix("torch.")
     return _CODES[_interface(array)["typestr"][1:]]
@@ -66,6 +76,8 @@ def place(array: Array, axes: int) -> tuple[int, ...]:
     """An array as a kernel's arguments: its address and the strides of so many axes, zeros for those it has not."""
     if array is None:
         return (0,) * (axes + 1)
+    if not axes:
+        return (address(array),)
     steps = strides(array)[:axes]
     return (address(array), *steps, *(0,) * (axes - len(steps)))
 

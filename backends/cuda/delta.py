@@ -8,6 +8,7 @@ A configuration lays one head's state over threads: ``lanes`` share a column, ea
 has ``columns`` columns, a block ``warps`` warps; ``tile`` tokens at a time come through shared memory.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ WIDEST, MOST_CELLS = 256, 32
 GRANULE = WARP
 
 # Registers of states between two that are kept, and tokens and bytes of shared memory of a segment of the backward.
-MOST_HELD, SEGMENTS, MOST_SHARED = 64, (32, 16, 8, 4), 200 * 1024
+MOST_HELD, SEGMENTS, MOST_SHARED = 64, (8, 4) if SIMULATED else (32, 16, 8, 4), 200 * 1024
 
 # Bytes of shared memory that a block has without asking.
 STATIC_SHARED = 48 * 1024
@@ -69,11 +70,11 @@ def most_cells(problem: Problem) -> int:
 
 
 def tile(problem: Problem, shape: Mapping[str, int]) -> int:
-    """Tokens that come to shared memory at a time: as many as fit it three times over, 8 at most."""
+    """Tokens that come to shared memory at a time: as many as fit it three times over, 16 at most."""
     block = shape["warps"] * WARP // shape["lanes"] * shape["columns"]
     rows = (3 if decay_axes(problem) == 2 else 2) * shape["lanes"] * shape["rows"]
     fit = STATIC_SHARED // (3 * (rows + block + 2) * SIZES[problem.compute_dtype])
-    return max(1, min(fit, 8, shape["warps"] * WARP))
+    return max(1, min(fit, 16, shape["warps"] * WARP))
 
 
 class DeltaRecurrent(CudaKernel):
@@ -94,8 +95,8 @@ class DeltaRecurrent(CudaKernel):
         return Support.yes()
 
     def suits(self, problem: Problem) -> bool:
-        """One token a sequence; chunks on tensor cores are faster for more, where somebody has them."""
-        return problem.single
+        """No: chunks on tensor cores, and Triton's single token, were measured faster where they can run."""
+        return False
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Few lanes a column where there are sequences enough to fill a GPU, more of them where there are not."""
@@ -134,16 +135,38 @@ def cost(problem: Problem, config: Config) -> float:
     return max(1.5 * work + 30 * steps, work * warps / (4 * PROCESSORS))
 
 
-def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
-    """The constants that a forward and a backward share."""
-    return {
-        **config,
-        "real": problem.compute_dtype,
-        "kind": problem.dtype,
-        "beta": kind(x.get("beta")),
-        "decay": decay_axes(problem),
-        "decay_kind": kind(x.get("log_decay")) or problem.compute_dtype,
-    }
+# A decoded token asks for the same kernel again and again.
+@functools.lru_cache(maxsize=4096)
+def forward_constants(
+    config: tuple[tuple[str, int], ...],
+    real: str,
+    kind: str,
+    decay: int,
+    beta: str,
+    log_decay: str,
+    first: str,
+    source: str,
+    target: str,
+    marks: str,
+    slots: str,
+    out_slots: str,
+    fresh: str,
+    reads: bool,
+    keeps: bool,
+) -> Constants:
+    """The constants of a forward, from the dtypes of its arrays; what is not there is called what would be usual."""
+    return constants(
+        layout_of(dict(config))
+        | {"real": real, "kind": kind, "beta": beta, "decay": decay, "decay_kind": log_decay or real}
+        | {"first": first, "source": source, "target": target or real, "marks": marks or real}
+        | {"slots": slots or "int32", "out_slots": out_slots or "int32", "fresh": fresh or "bool"}
+        | {"reads": reads, "keeps": keeps}
+    )
+
+
+def layout_of(config: Config) -> dict[str, Any]:
+    """What of a configuration a kernel is built from."""
+    return {name: number for name, number in config.items() if name != "registers"}
 
 
 def run_forward(
@@ -163,30 +186,35 @@ def run_forward(
     """Queue the forward: from the states ``origin`` to ``final``, filling what else is given."""
     s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
-    chosen: Constants = constants(
-        shape_of(problem, config, x)
-        | {
-            "first": kind(x["initial.state"]),
-            "source": kind(origin),
-            "target": kind(final) or real,
-            "marks": kind(checkpoints) or real,
-            "slots": kind(slots) or "int32",
-            "out_slots": kind(out_slots) or "int32",
-            "fresh": kind(fresh) or "bool",
-            "reads": y is not None,
-            "keeps": kept is not None,
-        }
+    chosen = forward_constants(
+        tuple(config.items()),
+        real,
+        problem.dtype,
+        decay_axes(problem),
+        kind(x.get("beta")),
+        kind(x.get("log_decay")),
+        kind(x["initial.state"]),
+        kind(origin),
+        kind(final),
+        kind(checkpoints),
+        kind(slots),
+        kind(out_slots),
+        kind(fresh),
+        y is not None,
+        kept is not None,
     )
     numbers = (
         *place(x["q"], 4), *place(x["k"], 4), *place(x["v"], 4), *place(x.get("beta"), 3),
         *place(x.get("log_decay"), 4),
         *place(x["initial.state"], 4), *place(origin, 4), *place(final, 4), *place(y, 0), *place(checkpoints, 0),
         *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
-        *place(errors, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G, norm(problem),
+        *place(errors, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
+        s.H * s.V, norm(problem),
     )  # fmt: skip
-    blocks = s.N * s.H * parts(problem, config)
+    blocks = s.N, s.H * parts(problem, config)
     reals = (read_scale(problem.option, s.K),)
-    FORWARD(x["q"], chosen, blocks, config["warps"] * WARP, numbers, reals)
+    threads = config["warps"] * WARP
+    FORWARD(x["q"], chosen, blocks, threads, numbers, reals, registers=config.get("registers", 0))
 
 
 def backward_layout(problem: Problem) -> dict[str, int]:
@@ -253,8 +281,10 @@ def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Array
         dx.get("initial.state"), dout.get("y"), dout.get("final.state"), dout.get("checkpoint.state")
     )  # fmt: skip
     chosen = constants(
-        shape_of(problem, shape, x)
+        shape
         | {
+            "real": real, "kind": problem.dtype, "beta": kind(x.get("beta")), "decay": decay,
+            "decay_kind": kind(x.get("log_decay")) or real,
             "hold": hold, "spacing": spacing, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real,
             "dmarks": kind(marks) or real, "dinitial": kind(first) or real, "dq_kind": kind(rows["q"]),
             "dk_kind": kind(rows["k"]), "dg_kind": kind(rows.get("log_decay")) or real,
@@ -266,7 +296,7 @@ def run_backward(problem: Problem, shape: dict[str, int], x: Arrays, dout: Array
         *place(dy, 4), *place(final, 4), *place(marks, 5), *place(rows["q"], 0), *place(rows["k"], 0),
         *place(dx["v"], 0), *place(rows.get("beta"), 0), *place(rows.get("log_decay"), 0), *place(first, 0),
         *place(x["offsets"], 0), *place(kept, 0), *place(errors, 0), *place(scratch, 0),
-        s.K, s.V, s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, all_tokens, norm(problem),
+        s.K, s.V, s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, s.H * s.V, all_tokens, norm(problem),
     )  # fmt: skip
     shared = shared_numbers(**shape, spacing=spacing, hold=hold, decay=decay) * SIZES[real]
     BACKWARD(q, chosen, s.N * s.H * blocks, threads, numbers, (read_scale(problem.option, s.K),), shared)

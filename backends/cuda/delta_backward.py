@@ -70,7 +70,7 @@ def build(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h,
         g, g_b, g_t, g_h, g_d, dy, dy_b, dy_t, dy_h, dy_d, dfinal, dfinal_n, dfinal_h, dfinal_k, dfinal_v,
         dmarks, dmarks_n, dmarks_p, dmarks_h, dmarks_k, dmarks_v, dq, dk, dv, dbeta, dg, dinitial,
-        offsets, kept, errors, scratch, K, V, tokens, every, heads, group, all_tokens, norm, scale: float,
+        offsets, kept, errors, scratch, K, V, tokens, every, heads, group, apart, all_tokens, norm, scale: float,
     ):  # fmt: skip
         memory = cuda.shared.array(0, element)
         thread = cuda.threadIdx.x
@@ -149,6 +149,7 @@ def build(
             segment = segments - 1 - back
             base = segment * SPACING
             count = min(np.int64(SPACING), length - base)
+            write_at = (row_at + base) * apart + head * V + begin
             cuda.syncthreads()
             for batch_of in range(BATCHES):
                 for m in range(BATCH):
@@ -177,7 +178,7 @@ def build(
                     for i in range(WIDE):
                         row = i * WARP + lane
                         if row < KP and t < SPACING:
-                            memory[t * KP + row] = some_q[i]
+                            memory[t * KP + row] = gain * some_q[i]
                             memory[KEYS + t * KP + row] = some_k[i]
                             if DECAY == 2:
                                 fade = number(math.exp(number(widen_gate(raw_d[m * WIDE + i]))))
@@ -302,7 +303,7 @@ def build(
                                 kk[4 * x + i] = four[i]
                             four = quad(memory, at)
                             for i in range(4):
-                                qq[4 * x + i] = gain * four[i]
+                                qq[4 * x + i] = four[i]
                             if DECAY == 2:
                                 four = quad(memory, FADES + at)
                                 for i in range(4):
@@ -334,7 +335,7 @@ def build(
                                 dstrength += dus[c] * cell(memory, WRITES + t * BLOCK + c0 + c * G)
                                 dus[c] = strength * dus[c]
                             if share == c % L and begin + c0 + c * G < V:
-                                write(dv, ((row_at + token) * heads + head) * V + begin + c0 + c * G, dus[c])
+                                write(dv, write_at + t * apart + c0 + c * G, dus[c])
                         for r in range(R):
                             for c in range(C):
                                 old, adjoint = s[r * C + c], ds[r * C + c]

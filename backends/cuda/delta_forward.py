@@ -36,7 +36,9 @@ def build(
     """
     L, R, C, W, G = lanes, rows, columns, warps, WARP // lanes
     KP, BLOCK, THREADS = L * R, warps * G * columns, warps * WARP
-    QUADS, CELLS, TWICE = R // 4, R * C, 2 * C
+    QUADS, CELLS = R // 4, R * C
+    CHAINS = min(4, QUADS)
+    PARTIAL = CHAINS * C
     ROUNDS, WIDE, DEEP = -(-tile // W), -(-KP // WARP), -(-tile * BLOCK // THREADS)
     DELTA, DECAY, READS, KEEPS = beta != "", decay, reads, keeps
     ROWS, PIECES = tile * KP, ROUNDS * WIDE
@@ -60,7 +62,7 @@ def build(
         g, g_b, g_t, g_h, g_d, initial, initial_n, initial_h, initial_k, initial_v,
         origin, origin_n, origin_h, origin_k, origin_v, final, final_n, final_h, final_k, final_v,
         y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, errors,
-        K, V, tokens, every, spacing, heads, group, norm, scale: float,
+        K, V, tokens, every, spacing, heads, group, apart, norm, scale: float,
     ):  # fmt: skip
         queries = cuda.shared.array(ALL_ROWS, number)
         keys = cuda.shared.array(ALL_ROWS, number)
@@ -72,10 +74,13 @@ def build(
         warp, lane = thread // WARP, thread % WARP
         share, c0 = lane // G, warp * G * C + lane % G
         blocks = (V + BLOCK - 1) // BLOCK
-        item = np.int64(cuda.blockIdx.x)
-        part = item % blocks
-        head = (item // blocks) % heads
-        n = item // (blocks * heads)
+        # A division takes as long as a read of memory: there is one only where there is something to divide.
+        n, head, part = np.int64(cuda.blockIdx.x), np.int64(cuda.blockIdx.y), np.int64(0)
+        if blocks > 1:
+            part, head = head % blocks, head // blocks
+        key_head = head
+        if group > 1:
+            key_head = head // group
         begin = part * BLOCK
 
         batch, start, length = n, np.int64(0), tokens
@@ -83,7 +88,7 @@ def build(
             batch, start = np.int64(0), read_offset(offsets, n)
             length = read_offset(offsets, n + 1) - start
 
-        # The state. Nothing is loaded under a condition of its own: loads wait for none, branches would for each.
+        # Where the state is. Nothing below is loaded under a condition of its own: loads do not wait, branches would.
         source, target = n, n
         if slots != 0:
             source, target = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
@@ -94,27 +99,24 @@ def build(
         s = cuda.local.array(CELLS, number)
         for e in range(CELLS):
             s[e] = zero
+        # Whoever is outside has what its neighbour has, until it is needed.
         if begins:
             at = n * initial_n + head * initial_h
             for r in range(R):
-                row = r // 4 * 4 * L + 4 * share + r % 4
+                row = min(r // 4 * 4 * L + 4 * share + r % 4, K - 1)
                 for c in range(C):
-                    column = begin + c0 + c * G
-                    away = min(row, K - 1) * initial_k + min(column, V - 1) * initial_v
-                    found = number(read_first(initial, at + away))
-                    s[r * C + c] = found if row < K and column < V else zero
+                    column = min(begin + c0 + c * G, V - 1)
+                    s[r * C + c] = number(read_first(initial, at + row * initial_k + column * initial_v))
         elif real_slot:
             at = source * origin_n + head * origin_h
             for r in range(R):
-                row = r // 4 * 4 * L + 4 * share + r % 4
+                row = min(r // 4 * 4 * L + 4 * share + r % 4, K - 1)
                 for c in range(C):
-                    column = begin + c0 + c * G
-                    away = min(row, K - 1) * origin_k + min(column, V - 1) * origin_v
-                    found = number(read_source(origin, at + away))
-                    s[r * C + c] = found if row < K and column < V else zero
+                    column = min(begin + c0 + c * G, V - 1)
+                    s[r * C + c] = number(read_source(origin, at + row * origin_k + column * origin_v))
 
-        q_at = batch * q_b + start * q_t + head // group * q_h
-        k_at = batch * k_b + start * k_t + head // group * k_h
+        q_at = batch * q_b + start * q_t + key_head * q_h
+        k_at = batch * k_b + start * k_t + key_head * k_h
         v_at = batch * v_b + start * v_t + head * v_h + begin * v_d
         beta_at = batch * beta_b + start * beta_t + head * beta_h
         g_at = batch * g_b + start * g_t + head * g_h
@@ -122,14 +124,14 @@ def build(
         y_at = (row_at * heads + head) * V + begin
         mark = np.int64(0)
         if checkpoints != 0:
-            mark = n * (tokens // every)
+            mark = n * (tokens // every) if offsets == 0 else np.int64(0)
             if offsets != 0:
-                mark = np.int64(0)
                 for before in range(n):
                     mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
         until_mark, until_keep = every, np.int64(0)
         keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
         gain = number(scale)
+        valid = length if real_slot else np.int64(0)
 
         raw_q = cuda.local.array(PIECES, bits)
         raw_k = cuda.local.array(PIECES, bits)
@@ -147,9 +149,11 @@ def build(
         kk = cuda.local.array(R, number)
         dd = cuda.local.array(R, number)
         guess = cuda.local.array(C, number)
-        out = cuda.local.array(TWICE, number)
-        ahead_sums = cuda.local.array(TWICE, number)
+        out = cuda.local.array(PARTIAL, number)
+        ahead_sums = cuda.local.array(PARTIAL, number)
         us = cuda.local.array(C, number)
+        next_values = cuda.local.array(C, number)
+        next_strength, next_fade = zero, one
         for c in range(C):
             guess[c] = zero
         for r in range(R):
@@ -158,14 +162,14 @@ def build(
 
         tiles = (length + tile - 1) // tile
         for j in range(-1, tiles + 1):
-            if j >= 0:
+            if 0 <= j < tiles:
                 # Tile j: from registers to shared memory.
                 buffer = j % BUFFERS
                 for m in range(ROUNDS):
                     t = m * W + warp
                     norm_q, norm_k = zero, zero
                     for i in range(WIDE):
-                        inside = j * tile + t < length and i * WARP + lane < K
+                        inside = j * tile + t < valid and i * WARP + lane < K
                         some_q[i] = number(widen_q(raw_q[m * WIDE + i])) if READS and inside else zero
                         some_k[i] = number(widen_q(raw_k[m * WIDE + i])) if inside else zero
                         norm_q += some_q[i] * some_q[i]
@@ -181,7 +185,7 @@ def build(
                         for i in range(WIDE):
                             row = i * WARP + lane
                             if row < KP:
-                                queries[to + row] = some_q[i]
+                                queries[to + row] = gain * some_q[i]
                                 keys[to + row] = some_k[i]
                                 if DECAY == 2:
                                     fade = number(math.exp(number(widen_gate(raw_d[m * WIDE + i]))))
@@ -189,7 +193,7 @@ def build(
                 for i in range(DEEP):
                     at = i * THREADS + thread
                     if at < tile * BLOCK:
-                        inside = j * tile + at // BLOCK < length and begin + at % BLOCK < V
+                        inside = j * tile + at // BLOCK < valid and begin + at % BLOCK < V
                         values[buffer * tile * BLOCK + at] = number(widen_q(raw_v[i])) if inside else zero
                 if thread < tile:
                     betas[buffer * tile + thread] = some_beta
@@ -222,6 +226,16 @@ def build(
                         some_decay = number(read_decay(g, g_at + t * g_t))
 
             # Tile j − 1: what its tokens do to the state.
+            if j == 1:
+                for r in range(R):
+                    row = r // 4 * 4 * L + 4 * share + r % 4
+                    for c in range(C):
+                        s[r * C + c] = s[r * C + c] if row < K and begin + c0 + c * G < V else zero
+                next_strength = cell(betas, 0)
+                if DECAY == 1:
+                    next_fade = cell(decays, 0)
+                for c in range(C):
+                    next_values[c] = cell(values, c0 + c * G)
             if j == 1 and DELTA:
                 for x in range(QUADS):
                     four = quad(keys, 4 * (x * L + share))
@@ -260,20 +274,15 @@ def build(
                                 four = quad(fades, at + 4 * (x * L + share))
                                 for i in range(4):
                                     dd[4 * x + i] = four[i]
-                    strength = cell(betas, here * tile + t)
-                    fade = cell(decays, here * tile + t) if DECAY == 1 else one
+                    strength, fade = next_strength, next_fade
                     for c in range(C):
-                        value = cell(values, (here * tile + t) * BLOCK + c0 + c * G)
+                        value = next_values[c]
                         if DELTA:
                             value = value - (fade * guess[c] if DECAY == 1 else guess[c])
                             if KEEPS and share == c % L and begin + c0 + c * G < V:
                                 write_real(errors, y_at + c0 + c * G, value)
                             value = strength * value
                         us[c] = value
-                        out[c] = zero
-                        out[C + c] = zero
-                        ahead_sums[c] = zero
-                        ahead_sums[C + c] = zero
                     for r in range(R):
                         for c in range(C):
                             old = s[r * C + c]
@@ -283,16 +292,23 @@ def build(
                                 old = dd[r] * old
                             s[r * C + c] = old + kk[r] * us[c]
 
+                    for e in range(PARTIAL):
+                        out[e] = zero
+                        ahead_sums[e] = zero
                     # One pass: the read of this token, and what the next one's key predicts.
-                    ahead = at + KP
-                    if t + 1 == tile:
-                        ahead = j % BUFFERS * ROWS
+                    follower = here * tile + t + 1 if t + 1 < tile else j % BUFFERS * tile
+                    ahead = follower * KP
+                    next_strength = cell(betas, follower)
+                    if DECAY == 1:
+                        next_fade = cell(decays, follower)
+                    for c in range(C):
+                        next_values[c] = cell(values, follower * BLOCK + c0 + c * G)
                     for x in range(QUADS):
                         if READS:
                             four = quad(queries, at + 4 * (x * L + share))
                             for i in range(4):
                                 for c in range(C):
-                                    out[x % 2 * C + c] += s[(4 * x + i) * C + c] * four[i]
+                                    out[x % CHAINS * C + c] += s[(4 * x + i) * C + c] * four[i]
                         if DELTA:
                             four = quad(keys, ahead + 4 * (x * L + share))
                             for i in range(4):
@@ -304,18 +320,22 @@ def build(
                             for i in range(4):
                                 r = 4 * x + i
                                 for c in range(C):
-                                    ahead_sums[x % 2 * C + c] += s[r * C + c] * (kk[r] * dd[r] if DECAY == 2 else kk[r])
+                                    ahead_sums[x % CHAINS * C + c] += s[r * C + c] * (
+                                        kk[r] * dd[r] if DECAY == 2 else kk[r]
+                                    )
                     for c in range(C):
+                        for e in range(1, CHAINS):
+                            out[c] += out[e * C + c]
+                            ahead_sums[c] += ahead_sums[e * C + c]
                         if READS:
-                            out[c] = along(out[c] + out[C + c])
+                            out[c] = along(out[c])
                         if DELTA:
-                            guess[c] = along(ahead_sums[c] + ahead_sums[C + c])
+                            guess[c] = along(ahead_sums[c])
                     if READS:
                         for c in range(C):
                             if share == c % L and begin + c0 + c * G < V:
-                                answer = gain * out[c] if real_slot else zero
-                                write(y, y_at + c0 + c * G, answer)
-                    y_at += heads * V
+                                write(y, y_at + c0 + c * G, out[c])
+                    y_at += apart
                     if checkpoints != 0:
                         until_mark -= 1
                         if until_mark == 0:

@@ -18,7 +18,7 @@ _NAMES = ("libcuda.so.1", "nvcuda.dll")
 # Numbers of cuda.h.
 _MAX_SHARED, _LOCAL_BYTES, _REGISTERS = 8, 3, 4
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
-_JIT_THREADS, _JIT_ERRORS, _JIT_ERRORS_BYTES = 1, 5, 6
+_JIT_REGISTERS, _JIT_THREADS, _JIT_ERRORS, _JIT_ERRORS_BYTES = 0, 1, 5, 6
 _INPUT_PTX = 1
 _ARGUMENTS, _ARGUMENTS_BYTES = 1, 2
 _LOG_BYTES = 16384
@@ -84,16 +84,17 @@ def capability(device: int) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def assemble(ptx: str, device: int, threads: int) -> bytes:
-    """Machine code for a device, with no more registers than a block of so many threads can have.
+def assemble(ptx: str, device: int, threads: int, registers: int = 0) -> bytes:
+    """Machine code for a device, with no more registers than a block of so many threads can have, or than asked.
 
     Raises:
         RuntimeError: with the assembler's messages.
     """
     enter(device)
     errors = ctypes.create_string_buffer(_LOG_BYTES)
-    options = (ctypes.c_int * 3)(_JIT_THREADS, _JIT_ERRORS, _JIT_ERRORS_BYTES)
-    values = (ctypes.c_void_p * 3)(threads, ctypes.addressof(errors), _LOG_BYTES)
+    limit = (_JIT_REGISTERS, registers) if registers else (_JIT_THREADS, threads)
+    options = (ctypes.c_int * 3)(limit[0], _JIT_ERRORS, _JIT_ERRORS_BYTES)
+    values = (ctypes.c_void_p * 3)(limit[1], ctypes.addressof(errors), _LOG_BYTES)
     linker, code, size = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
     _call("cuLinkCreate_v2", 3, options, values, ctypes.byref(linker))
     try:
@@ -140,13 +141,17 @@ class Function:
         """Let a launch ask for this many bytes of dynamic shared memory."""
         _call("cuKernelSetAttribute", _MAX_SHARED, size, self._handle, device)
 
-    def launch(self, blocks: int, threads: int, shared: int, stream: int, arguments: bytes) -> None:
+    def launch(self, grid: tuple[int, int], threads: int, shared: int, stream: int, arguments: bytes) -> None:
         """Queue the kernel on a stream; ``arguments`` as the kernel declares them, packed."""
         size = ctypes.c_size_t(len(arguments))
         extra = (ctypes.c_void_p * 5)(
-            _ARGUMENTS, ctypes.cast(arguments, ctypes.c_void_p), _ARGUMENTS_BYTES, ctypes.addressof(size), None
+            _ARGUMENTS,
+            ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p),
+            _ARGUMENTS_BYTES,
+            ctypes.addressof(size),
+            None,
         )
-        _call("cuLaunchKernel", self._handle, blocks, 1, 1, threads, 1, 1, shared, ctypes.c_void_p(stream), None, extra)
+        _call("cuLaunchKernel", self._handle, *grid, 1, threads, 1, 1, shared, ctypes.c_void_p(stream), None, extra)
 
 
 def clear(address: int, size: int, stream: int) -> None:

@@ -73,49 +73,61 @@ class Program:
     def __init__(self, module: str, build: str = "build") -> None:
         """``module`` of this folder, and the name of its builder there."""
         self.module, self.build = module, build
-        self.functions: dict[tuple[tuple[int, int], Constants, int, int], driver.Function] = {}
+        self.functions: dict[tuple[tuple[int, int], Constants, int, int, int], driver.Function] = {}
 
     def __call__(
         self,
         like: Array,
         constants: Constants,
-        blocks: int,
+        blocks: int | tuple[int, int],
         threads: int,
         numbers: Sequence[int],
         reals: Sequence[float] = (),
         shared: int = 0,
+        registers: int = 0,
     ) -> None:
-        """Queue it on the current stream of ``like``'s library and device; nothing is waited for."""
-        if blocks == 0:
+        """Queue it on the current stream of ``like``'s library and device; nothing is waited for.
+
+        A grid has ``blocks``, or so many along two axes, the second up to 65535. ``shared`` bytes of dynamic shared
+        memory a block; at most so many ``registers`` a thread, 0 for what a block of this size can have.
+        """
+        grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
+        if 0 in grid:
             return
         if SIMULATED:
-            self._simulate(constants, blocks, threads, (*numbers, *reals), shared)
+            self._simulate(constants, grid, threads, (*numbers, *reals), shared)
             return
         device = device_of(like)
         driver.enter(device)
-        function = self.function(constants, device, threads, shared)
+        function = self.function(constants, device, threads, shared, registers)
         arguments = struct.pack(f"{len(numbers)}q{len(reals)}d", *numbers, *reals)
-        function.launch(blocks, threads, shared, stream_of(like), arguments)
+        function.launch(grid, threads, shared, stream_of(like), arguments)
 
-    def function(self, constants: Constants, device: int, threads: int, shared: int = 0) -> driver.Function:
+    def function(
+        self, constants: Constants, device: int, threads: int, shared: int = 0, registers: int = 0
+    ) -> driver.Function:
         """The kernel, loaded; compiled where this machine has not seen it yet."""
         capability = driver.capability(device)
-        key = capability, constants, threads, shared
+        key = capability, constants, threads, shared, registers
         found = self.functions.get(key)
         if found is None:
-            found = self.functions[key] = driver.Function(self._code(constants, capability, device, threads), ENTRY)
+            found = self.functions[key] = driver.Function(
+                self._code(constants, capability, device, threads, registers), ENTRY
+            )
             if shared > 48 * 1024:
                 found.allow_shared(shared, device)
         return found
 
-    def _code(self, constants: Constants, capability: tuple[int, int], device: int, threads: int) -> bytes:
+    def _code(
+        self, constants: Constants, capability: tuple[int, int], device: int, threads: int, registers: int
+    ) -> bytes:
         name = f"{self.module}.{self.build}"
-        digest = hashlib.sha256(repr((name, constants, capability, threads)).encode()).hexdigest()[:20]
+        digest = hashlib.sha256(repr((name, constants, capability, threads, registers)).encode()).hexdigest()[:20]
         file = folder() / f"{name}.{digest}.cubin"
         with contextlib.suppress(OSError):
             return file.read_bytes()
         log.info("compiling %s, once for this machine; kept in %s", name, folder())
-        code = driver.assemble(self.ptx(constants, capability), device, threads)
+        code = driver.assemble(self.ptx(constants, capability), device, threads, registers)
         part = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):  # a full disk costs a compilation next time, nothing more
             part.write_bytes(code)
@@ -144,7 +156,7 @@ class Program:
     def _simulated(self) -> dict[Constants, Any]:
         return {}
 
-    def _simulate(self, constants: Constants, blocks: int, threads: int, arguments: Any, shared: int) -> None:
+    def _simulate(self, constants: Constants, grid: tuple[int, int], threads: int, arguments: Any, shared: int) -> None:
         from .source import cuda
 
         if constants not in self._simulated:
@@ -152,7 +164,7 @@ class Program:
         turn = sys.getswitchinterval()
         sys.setswitchinterval(_TURN)
         try:
-            self._simulated[constants][blocks, threads, 0, shared](*arguments)
+            self._simulated[constants][grid, threads, 0, shared](*arguments)
         finally:
             sys.setswitchinterval(turn)
 

@@ -64,7 +64,7 @@ def store(kind):
     return write
 
 
-_lanes = {}
+_lanes: dict[int, float] = {}
 
 
 @functools.cache

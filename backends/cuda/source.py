@@ -4,7 +4,9 @@ numba-cuda up to 0.30.4 registers ``np.row_stack``, a second name of ``np.vstack
 nothing without it: the name comes back for it. It is asked for late, when the first kernel is compiled, so it stays.
 """
 
+import importlib
 import importlib.metadata
+from typing import Any
 
 import numpy as np
 
@@ -22,20 +24,15 @@ def _lend_row_stack() -> None:
     except importlib.metadata.PackageNotFoundError:
         return
     if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) <= LAST_TO_ASK:
-        np.row_stack = np.vstack  # type: ignore[attr-defined]
+        setattr(np, "row_stack", np.vstack)  # noqa: B010  its types know no such name
 
 
 _lend_row_stack()
 
 from numba import cuda  # noqa: E402
 
-if SIMULATED:
-    from numba.cuda.simulator import kernelapi as simulator
-
-    intrinsic = None
-else:
-    from numba.cuda.extending import intrinsic
-
-    simulator = None
+# One of the two has what the other stands in for.
+intrinsic: Any = None if SIMULATED else importlib.import_module("numba.cuda.extending").intrinsic
+simulator: Any = importlib.import_module("numba.cuda.simulator.kernelapi") if SIMULATED else None
 
 __all__ = ["cuda", "intrinsic", "simulator"]

@@ -41,7 +41,7 @@ class _Put(ast.NodeTransformer):
         element = self.names[node.value.id][node.slice.value]
         if isinstance(element, int):
             return ast.Constant(element)
-        own = f"{node.value.id}_{node.slice.value}"
+        own = f"{node.value.id}_{node.slice.value!r}"
         self.names[own] = element
         return ast.Name(own, ast.Load())
 
@@ -66,7 +66,7 @@ class _Unroll(ast.NodeTransformer):
 
 def unrolled(function: Callable[..., None]) -> Callable[..., None]:
     """The function with its loops over ``each(…)`` written out; what it closed over become its globals."""
-    names = function.__globals__ | inspect.getclosurevars(function).nonlocals
+    names = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     (definition,) = tree.body
     assert isinstance(definition, ast.FunctionDef)

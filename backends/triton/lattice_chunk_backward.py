@@ -99,7 +99,7 @@ def measure(
     tokens, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """dq, and what the reads of one piece and head send to its norms and to E."""
     row = (tl.program_id(0) // heads).to(tl.int64)
@@ -129,7 +129,7 @@ def measure(
     w, b = decays(g, at, g_t, size, BT, GATED)
     wt = decays_back(g, at, g_t, size, BT, GATED)
     a, e, hm, ht, et = sides(key, value, phi, strength, OBJECTIVE, PRECISION)
-    along = dot(w, a * e, PRECISION)
+    along = dot(w, a * e, DIGITS)
     part_phi = dot(up, tl.trans(phi), PRECISION)
     part_s = part_phi
     if resumed:
@@ -138,18 +138,18 @@ def measure(
     to_weight = b[:, None] * part_s - along * part_phi
     # Behind a reset y hardly depends on the size of E: what comes to E on two ways cancels, all but a few digits.
     exact: tl.constexpr = tl.float32 if GATED else OPERAND
-    to_weight += dot((w * toward_h).to(exact), e.to(exact), PRECISION)
+    to_weight += dot((w * toward_h).to(exact), e.to(exact), DIGITS)
     back = wt * dot(hm, tl.trans(up), PRECISION)
     crossed = tl.zeros((BT, BK), tl.float32)
     p = crossed
     less = b[:, None] * b[:, None] + tl.zeros((BT, BK), tl.float32)  # b² times what R multiplies it with
     if READ_NORM:
         gram = dot(hm, ht, PRECISION)
-        square, own, x = read_norms(e, gram, w, at, PRECISION)
+        square, own, x = read_norms(e, gram, w, at, DIGITS)
         turned = -2 * along
         if resumed:
             p = dot(hm, tl.trans(s), PRECISION)
-            crossed = dot(w, e * p, PRECISION)
+            crossed = dot(w, e * p, DIGITS)
             wide = phi.to(tl.float32)
             unit = squares(wide)[None, :]
             met = tl.sum(wide * s.to(tl.float32), 1)[None, :]
@@ -160,6 +160,12 @@ def measure(
             square += 2 * (b[:, None] * crossed - along * left)
             square = tl.maximum(square, least * least * inverse(unit))
             turned = 2 * (along * (unit - 2) - left)
+        elif GATED:  # Φ in few digits is not quite of norm 1, which counts where all else cancels
+            off = 1 - squares(phi.to(tl.float32))[None, :]
+            square += (b * b)[:, None] * (1 - off) + 2 * b[:, None] * along * off
+            square = tl.maximum(square - along * along * (1 + off), 0.0)
+            turned = 2 * (b[:, None] * off - along * (1 + off))
+            less = less * (1 - off) + b[:, None] * along * off
         else:
             square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
         over = inverse(tl.sqrt(square))
@@ -170,11 +176,11 @@ def measure(
             toward = slab(first_slots, i, j, K, V).to(OPERAND)
             out += tl.where(empty, scale * dot(up, tl.trans(toward), PRECISION), 0.0)
         to_square = -0.5 * weight * to_weight * over * over
-        spread_back = dot(wt * wt, to_square, PRECISION)
+        spread_back = dot(wt * wt, to_square, DIGITS)
         f = 2 * spread_back * e
         d_along = to_square * turned - weight * part_phi
         de = 2 * spread_back * (x + own * e)
-        de += dot(tl.where(at[:, None] < at[None, :], wt * gram, 0.0), f, PRECISION)
+        de += dot(tl.where(at[:, None] < at[None, :], wt * gram, 0.0), f, DIGITS)
     else:
         weight = query
         out = scale * to_weight
@@ -182,7 +188,7 @@ def measure(
         f = to_square
         d_along = -weight * part_phi
         de = to_square
-    de += dot(back.to(exact), weight.to(exact), PRECISION)
+    de += dot(back.to(exact), weight.to(exact), DIGITS)
     m = dot(wt, d_along, PRECISION)
     de += m * a
     da = m * e
@@ -409,7 +415,7 @@ def collect(
     pieces, slots, running, dslots, de_from, dh_from, dg, tokens, heads, group,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, dbeta and dlog_decay of one piece and head."""
     row = (tl.program_id(0) // heads).to(tl.int64)
@@ -438,12 +444,14 @@ def collect(
     elif OBJECTIVE == ENCODING:
         z -= dot(value, tl.trans(phi), PRECISION)
     d = slab(dslots + (row * heads + h) * K * V, i, j, K, V)
-    du = (d - tl.sum(d * wide, 1)[:, None] * wide).to(OPERAND)
-    through = w[:, None] * dot(hm, tl.trans(du), PRECISION)
+    exact: tl.constexpr = tl.float32 if GATED else OPERAND  # as in ``measure``
+    du = d - tl.sum(d * wide, 1)[:, None] * wide
+    through = w[:, None] * dot(hm.to(exact), tl.trans(du.to(exact)), DIGITS)
     to = (batch * tokens + first) * heads + h
     de = through + tile(de_from + to * K, at, i, heads * K, size, K)
     e = strength * z
-    dh = dot((w[:, None] * e).to(OPERAND), du, PRECISION) + tile(dh_from + to * V, at, j, heads * V, size, V)
+    dh = dot((w[:, None] * e).to(OPERAND), du.to(OPERAND), PRECISION)
+    dh += tile(dh_from + to * V, at, j, heads * V, size, V)
     dkey = strength * de
     if OBJECTIVE == ENCODING:
         dh -= dot((strength * through).to(OPERAND), phi, PRECISION)
@@ -490,7 +498,8 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     moments = torch.empty((found.running.shape[0], s.H, 3, s.K), dtype=torch.float32, device=device)
     dslots, drunning = torch.empty_like(found.slots), torch.empty_like(found.running)
     states = (found.pieces, found.slots, found.running)
-    digits = {"PRECISION": "tf32x3"} if common["GATED"] and kind is torch.bfloat16 else {}
+    rough = common["GATED"] and kind is torch.bfloat16
+    digits = {"DIGITS": "tf32x3" if rough else common["PRECISION"]}
     measure[grid](
         *inputs(x),
         *place(dy, 0, 1, 2),
@@ -517,7 +526,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
         dx.get("log_decay"),
         *(*states, dslots, de, dh, dg),
         *(s.T, s.H, s.H // s.G),
-        **common,
+        **(common | digits),
         num_warps=config["piece_warps"],
         num_stages=1,
     )

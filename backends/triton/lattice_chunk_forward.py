@@ -365,6 +365,22 @@ def longest(problem: Problem, back: bool) -> int:
     return 64 if area(problem) <= 128 * 128 else 32
 
 
+def narrowest(problem: Problem, back: bool) -> int:
+    """Rows that a piece is filled up to.
+
+    Under Triton 3.6 products that are 16 columns wide on tensor cores are wrong, or out of bounds, where the next
+    product takes them: those of wide slots, and those from which the backward makes the gradient of ``log_decay``.
+    """
+    if problem.dtype == "float32":
+        return 16
+    return 32 if area(problem) > 64 * 64 or (back and gated(problem)) else 16
+
+
+def gated(problem: Problem) -> bool:
+    """Whether slots decay."""
+    return problem.layout("log_decay") is not None
+
+
 @dataclass(frozen=True)
 class Shape:
     """How a problem is cut, and what kernels of both passes are told about it."""
@@ -389,10 +405,10 @@ class Shape:
             "V": s.V,
             "BK": block(s.K),
             "BV": block(s.V),
-            "BT": block(most),
+            "BT": max(block(most), narrowest(problem, back)),
             "OBJECTIVE": OBJECTIVES[option["objective"]],
             "PER_SLOT": problem.layout("beta") == "B T H K",
-            "GATED": problem.layout("log_decay") is not None,
+            "GATED": gated(problem),
             "PACKED": problem.packed,
             "CUT": each > 1 or bool(every),
             "PRECISION": precision(problem) if problem.dtype == "float32" else "tf32",

@@ -86,14 +86,14 @@ def norms(s, CAREFUL: tl.constexpr):
     if CAREFUL:
         peak = tl.max(tl.abs(s), 1)
         unit = tl.where(peak > 0, peak, 1)
-        return peak * tl.sqrt(squares(s / unit[:, None]))
-    return tl.sqrt(squares(s))
+        return peak * tl.sqrt_rn(squares(s / unit[:, None]))
+    return tl.sqrt_rn(squares(s))
 
 
 @triton.jit
 def inverse(x):
     """``1/x``, and 0 for 0."""
-    return tl.where(x > 0, 1 / tl.where(x > 0, x, 1), 0)
+    return tl.where(x > 0, tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.where(x > 0, x, 1.0)), 0.0)
 
 
 @triton.jit

@@ -188,7 +188,8 @@ def standardise(z, d, WIDTH: tl.constexpr, D: tl.constexpr):
     z = z - (tl.sum(z, 1) * (1.0 / WIDTH))[:, None]
     if WIDTH < D:
         z = tl.where((d < WIDTH)[None, :], z, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(z * z, 1) * (1.0 / WIDTH) + NORM_EPS)
+    spread = tl.sqrt_rn(tl.sum(z * z, 1) * (1.0 / WIDTH) + NORM_EPS)
+    inverse = tl.div_rn(tl.full(spread.shape, 1.0, tl.float32), spread)
     return z * inverse[:, None], inverse
 
 

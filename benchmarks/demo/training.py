@@ -3,7 +3,8 @@
     loss = mean over bytes of −log p(byte | what came before in its window)
     the learning rate rises over the first tenth of the time and falls to zero at its end
 
-Time is what is shared out: every model gets the same number of seconds, however many bytes it reads in them.
+Time is what is shared out: every model gets the same number of seconds, however many bytes it reads in them; or the
+same number of steps, which read the same bytes on any machine.
 """
 
 import math
@@ -63,6 +64,7 @@ def optimizer_of(model: LanguageModel) -> torch.optim.AdamW:
 
 def loss_of(model: LanguageModel, rows: Tensor) -> Tensor:
     """Mean loss of windows ``[B,L+1]`` in nats, over what is not −1."""
+    rows = rows.to(model.embed.weight.device)
     logits, _ = model(rows[:, :-1].clamp(min=0), return_state=False)
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-1)
 
@@ -80,12 +82,15 @@ def update(model: LanguageModel, optimizer: torch.optim.Optimizer, rows: Tensor,
 
 
 def train(
-    mixer: str, text: Text, seconds: float, report: Callable[[Run], None]
+    mixer: str, text: Text, seconds: float, steps: int, device: str, report: Callable[[Run], None]
 ) -> tuple[LanguageModel, torch.optim.Optimizer, Run]:
-    """Train a model of one mixer for so many seconds, compilation not counted, calling ``report`` at every step."""
+    """Train a model of one mixer, compilation not counted, calling ``report`` at every step.
+
+    For so many steps; where that is 0, for so many seconds.
+    """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model = LanguageModel(**SIZES, mixer=mixer)
+    model = LanguageModel(**SIZES, mixer=mixer).to(device)  # the same weights everywhere
     optimizer = optimizer_of(model)
     run = Run(mixer, kernels=kernels(model))
 
@@ -93,12 +98,12 @@ def train(
     loss_of(model, text.draw(LENGTH, BATCH, generator)).backward()
     run.warmup = time.perf_counter() - start
 
-    start = time.perf_counter()
-    while not run.seconds or run.seconds[-1] < seconds:
-        done = run.seconds[-1] / seconds if run.seconds else 0.0
+    start, done = time.perf_counter(), 0.0
+    while done < 1:
         rate = LEARNING_RATE * min(10 * done + 0.01, 1.0, (1 - done) / 0.9)
         run.losses.append(update(model, optimizer, text.draw(LENGTH, BATCH, generator), rate))
         run.seconds.append(time.perf_counter() - start)
+        done = len(run.losses) / steps if steps else run.seconds[-1] / seconds
         report(run)
     return model, optimizer, run
 
@@ -117,6 +122,7 @@ def bits_on(model: LanguageModel, text: Text) -> float:
 def kernels(model: LanguageModel) -> str:
     """Every kernel that could serve the model's first layer, the one that does, and why."""
     layer = model.blocks[0].mixer
-    x = torch.zeros(BATCH, LENGTH, model.config["d_model"])
-    q, k, v = (torch.zeros(BATCH, LENGTH, *shape) for shape in layer.shapes)
+    device = model.embed.weight.device
+    x = torch.zeros(BATCH, LENGTH, model.config["d_model"], device=device)
+    q, k, v = (torch.zeros(BATCH, LENGTH, *shape, device=device) for shape in layer.shapes)
     return str(layer.mix.explain(q, k, v, **{name: gate(x) for name, gate in layer.gates.items()}))
