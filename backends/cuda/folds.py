@@ -1,7 +1,7 @@
 """More device functions: sums that lanes share out among themselves, votes, and the arithmetic of norms.
 
-    fold(8, 0, 2)(array)          sums of 8 numbers over lanes that differ in bits 0 and 1: each of the four keeps two of
-                                  them, at the front of the array: bit 0 chooses the half, bit 1 the half of that
+    fold(8, 0, 2)(array)          sums of 8 numbers over lanes that differ in bits 0 and 1: each of the four keeps two,
+                                  at the front of the array: bit 0 chooses the half, bit 1 the half of that
     unfold(8, 0, 2)(array)        the way back: from the two numbers that each lane keeps to all 8, in every lane
     load_bits, widen = later(kind, real)   a load whose number is made when it is wanted, so that nobody waits for it
     any_lane(flag)                whether any lane of the warp says so

@@ -108,6 +108,10 @@ class LatticeRecurrent(CudaKernel):
             )
         return Support.yes()
 
+    def suits(self, problem: Problem) -> bool:
+        """Sequences; a single token is over before its state has been brought to registers."""
+        return not problem.single
+
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """The likeliest first."""
         return tuple(layouts(problem))
@@ -235,7 +239,8 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     dy, final, marks = (dout.get(name) for name in ("y", "final.state", "checkpoint.state"))
     first, decay = dx.get("initial.state"), dx.get("log_decay")
     constant = shape_of(problem, shape, x) | {
-        "segment": segment, "near": near, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real, "dmarks": kind(marks) or real,
+        "segment": segment, "near": near, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real,
+        "dmarks": kind(marks) or real,
         "dinitial": kind(first) or real, "dq": kind(rows["q"]), "dk": kind(rows["k"]), "dbeta": kind(dx["beta"]),
         "dg": kind(decay) or real,
     }  # fmt: skip

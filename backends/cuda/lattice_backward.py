@@ -31,10 +31,10 @@ def numbers(*, rows, columns, lanes, warps, segment, per_slot, near):
 
 
 def build(
-    *, rows, columns, lanes, warps, segment, near, objective, read_norm, real, kind, beta, per_slot, gated, decay, first, dy,
-    dfinal, dmarks, dinitial, dq, dk, dbeta, dg,
+    *, rows, columns, lanes, warps, segment, near, objective, read_norm, real, kind, beta, per_slot, gated, decay,
+    first, dy, dfinal, dmarks, dinitial, dq, dk, dbeta, dg,
 ):  # fmt: skip
-    """The kernel; ``near``: slots wait in shared memory, not in scratch; ``dy`` and what follows are dtypes of gradients."""
+    """The kernel. ``near``: slots wait in shared memory, not in scratch; ``dy`` and what follows are dtypes."""
     R, C, L, W, M, S = rows, columns, lanes, warps, WARP // lanes, segment
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
@@ -183,17 +183,17 @@ def build(
                 four = read_kept(kept, (((keep + part * heads) * (CELLS // 4) + e) * THREADS + thread) * 4)
                 for i in range(4):
                     s[4 * e + i] = four[i]
-            for u in range(count):
+            for early in range(count):
                 for e in range(CELLS // 4):
                     if NEAR:
-                        at = STATES + ((u * np.int32(CELLS // 4) + e) * np.int32(THREADS) + thread) * np.int32(4)
+                        at = STATES + ((early * np.int32(CELLS // 4) + e) * np.int32(THREADS) + thread) * np.int32(4)
                         leave_four(held, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
                     else:
-                        at = own + (np.int64(u) * (CELLS // 4) + e) * THREADS * 4
+                        at = own + (np.int64(early) * (CELLS // 4) + e) * THREADS * 4
                         write_kept(scratch, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
-                at_k = np.int32(u) * np.int32(KP) + row0
-                at_v = np.int32(u) * np.int32(VP) + column0
-                mu = take(held, FADES + u)[0] if GATED else one
+                at_k = np.int32(early) * np.int32(KP) + row0
+                at_v = np.int32(early) * np.int32(VP) + column0
+                mu = take(held, FADES + early)[0] if GATED else one
                 for x in range(WIDE):
                     four = take_four(held, HS + at_v + 4 * L * x)
                     for i in range(4):
@@ -210,7 +210,7 @@ def build(
                         take(held, OVER + at_k + i)[0],
                     )
                 for i in range(R):
-                    strength = take(held, BETAS + at_k + i)[0] if PER_SLOT else take(held, BETAS + u)[0]
+                    strength = take(held, BETAS + at_k + i)[0] if PER_SLOT else take(held, BETAS + early)[0]
                     c = strength * (kk[i] - a[i] if ENCODES else kk[i])
                     rho[i], alpha[i] = (mu - c * a[i]) * over[i], c * over[i]
                 for i in range(R):
@@ -223,7 +223,7 @@ def build(
                                 s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
 
             for reverse in range(count):
-                u = count - 1 - reverse
+                u = np.int32(count - 1 - reverse)
                 token = begin + u
                 for e in range(CELLS // 4):
                     if NEAR:

@@ -4,18 +4,17 @@
     n_i² = w² r + 2 w c a + c² ‖h‖²   ρ = w/n   α = c/n      s'_i = ρ_i s_i + α_i h      y = scale · S'ᵀq or S̃ᵀq
 
 A block has one head. A warp has ``rows · M`` slots: a lane holds ``rows`` slots by ``columns`` values of them in
-registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over lanes,
-without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
+registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over
+lanes, without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
 
-The chain from token to token is a, then n, then the next token's prediction, which is taken from the slots as they were,
+The chain from token to token is a, then n, then the next token's prediction, taken from the slots as they were,
 
     S'ᵀk' = Σ_i (k'_i ρ_i) s_i + (Σ_i k'_i α_i) h
 
 so that turning the slots, reading them and measuring r wait for nobody: they are done while the next token's sums are
-on their way. r is measured anew at every token: that keeps
-norms right. Where the terms of n² cancel, ‖s̃‖² is measured itself, and always so where a decay may leave little of a
-slot; then coefficients are first divided by max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values
-that only fill a tile up are unit vectors that no key reaches.
+on their way. r is measured anew at every token: that keeps norms right. Where the terms of n² cancel, ‖s̃‖² is measured
+itself, and always so where a decay may leave little of a slot; then coefficients are first divided by max(|w|, |c| ‖h‖),
+for μ² may underflow where μ does not. Slots and values that only fill a tile up are unit vectors that no key reaches.
 
 Tokens come through shared memory a tile at a time, loaded while the tile before is worked on. There is one barrier a
 token.
@@ -39,8 +38,8 @@ _CANCELS = 16.0
 
 
 def build(
-    *, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, gated, decay, first,
-    source, target, marked, marks, slots, out_slots, fresh, reads, keeps,
+    *, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, gated, decay,
+    first, source, target, marked, marks, slots, out_slots, fresh, reads, keeps,
 ):  # fmt: skip
     """The kernel.
 
@@ -231,7 +230,7 @@ def build(
                         leave(held, BETAS + to * np.int32(BP) + at, number(widen_beta(some_b[i])))
                 if GATED and thread < tile:
                     leave(held, FADES + to + thread, number(math.exp(number(widen_decay(some_g)))))
-            if READS and (u == 1 or TOGETHER < tile) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
+            if READS and (u == 1 or tile > TOGETHER) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
                 # Reads that every warp has left its part of.
                 for i in range(SOME_Y):
                     at = np.int32(i * THREADS) + thread
@@ -282,11 +281,11 @@ def build(
                         size += s[i * C + j] * s[i * C + j]
                     r[i] = along(size)
             if READS:
-                before = np.int32(t - 1) & np.int32(RING - 1)
+                read_at = np.int32(t - 1) & np.int32(RING - 1)
                 for j in range(C):
                     sums[j] = zero
                 for x in range(R // ROW):
-                    some = take_rows(held, QUERIES + before * np.int32(KP) + row0 + ROW * x)
+                    some = take_rows(held, QUERIES + read_at * np.int32(KP) + row0 + ROW * x)
                     for i in range(ROW):
                         weight = some[i] if READ_NORM else some[i] * norm[ROW * x + i]
                         for j in range(C):

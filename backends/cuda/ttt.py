@@ -40,7 +40,7 @@ class TTTRecurrent(CudaKernel):
             width, double = problem.widths[2], problem.compute_dtype == "float64"
             most = 64 if double else 128
             return Support.no(
-                f"holds a head in the registers of one block, up to {most} channels of {problem.compute_dtype} numbers, "
+                f"holds a head in the registers of one block, up to {most} channels of {problem.compute_dtype}, "
                 f"and K = {width}; backend='triton' or 'reference' takes more"
             )
         return Support.yes()

@@ -24,7 +24,8 @@ EPS = 1e-6
 
 
 def build(
-    *, rows, columns, lanes, warps, tile, real, kind, beta, weight, shift, rate, first, final, marks, counter, keeps, reads
+    *, rows, columns, lanes, warps, tile, real, kind, beta, weight, shift, rate, first, final, marks, counter, keeps,
+    reads,
 ):  # fmt: skip
     """The kernel; all but the layout, ``keeps`` and ``reads`` are dtypes of arrays."""
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
