@@ -14,8 +14,8 @@ The chain from token to token is a, then n, then the next token's prediction, ta
 so that turning the slots, reading them and measuring r wait for nobody: they are done while the next token's sums are
 on their way. r is measured anew at every token: that keeps norms right. Where the terms of n² cancel, ‖s̃‖² is measured
 itself, and always so where a decay may leave little of a slot; then coefficients are first divided by
-max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values that only fill a tile up are unit vectors that
-no key reaches.
+max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values that only fill a tile up are unit vectors
+that no key reaches.
 
 Tokens come through shared memory a tile at a time, loaded while the tile before is worked on. There is one barrier a
 token.
