@@ -204,7 +204,7 @@ def run_forward(
     threads = config["warps"] * WARP
     few = config["rows"] * config["columns"] * threads <= MOST_OF_A_CROWD and real == "float32"
     registers = REGISTERS // (CROWD * threads) if few and crowded(problem) else 0
-    FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), registers=registers)
+    FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), 0, registers)
 
 
 def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
