@@ -212,7 +212,7 @@ def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
     double = problem.compute_dtype == "float64"
     found = layouts(problem)
     fits = [[c for c in found if c["rows"] * c["columns"] <= most // (2 if double else 1)] for most in FEW_CELLS]
-    config = next((few[0] for few in fits if few), found[0])
+    config = next((min(few, key=lambda c: abs(c["lanes"] - 8)) for few in fits if few), found[0])
     shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
     per_slot = problem.layout("beta") == "B T H K"
     size = 8 if double else 4
