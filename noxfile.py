@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "types", "tests", "ptx"]
+nox.options.sessions = ["lint", "types", "tests"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 
@@ -22,17 +22,20 @@ PINS = ("-c", "constraints.txt")
 # brings autodiff, so its session checks everything; JAX arrays run on the reference; Triton's kernels run in its
 # interpreter and those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of
 # the laws, another part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
-SIMULATED = ("tests/conformance/test_laws.py", "tests/test_triton.py", "tests/test_readme.py", "--most", "30000")
+SIMULATED = ("tests/conformance/test_laws.py", "tests/test_triton.py", "tests/test_readme.py", "--most", "15000")
 SIMULATED_CUDA = ("tests/conformance/test_laws.py", "tests/test_cuda.py", "--most", "500")
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 TESTS = {
     "reference": ("", ("tests", "--backend", "reference", "--share", "24")),
-    "numba": ("", ("tests", "--backend", "numba", "--share", "24")),
-    "torch": ("[torch]", ("tests", "--share", "24")),
-    "jax": ("[jax]", ("tests", "--backend", "reference", "--share", "48")),
+    "numba": ("", ("tests", "--backend", "numba", "--share", "32")),
+    "torch": ("[torch]", ("tests", "--share", "64")),
+    "jax": ("[jax]", ("tests", "--backend", "reference", "--share", "96")),
     "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "64")),
-    "cuda": ("[torch]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "48")),
+    "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "48")),
 }
+
+# What `nox` compiles of the CUDA kernels: every dtype for one generation of GPUs; `nox -s ptx` does it for both.
+COMPILED = "sm_90 and (float32 or bfloat16) or sm_80 and (float16 or float64)"
 
 # Two processes of tests share the cores: threads that wait must not spin, and torch needs no more than one a process.
 SHARED_CORES = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
@@ -46,13 +49,20 @@ def tests(session: nox.Session, backend: str) -> None:
     session.install(*PINS, "-e", f".{extra}", "pytest", "pytest-xdist", "hypothesis")
     run = ("pytest", "-n", "2", "--dist", "loadgroup", *options, *session.posargs)
     session.run(*run, env=SHARED_CORES | SIMULATORS.get(backend, {}))
+    if backend == "cuda":
+        compile_cuda(session, "-k", COMPILED)
 
 
 @nox.session
 def ptx(session: nox.Session) -> None:
-    """Every CUDA kernel, compiled for two generations of GPUs on a machine that needs none."""
+    """Every CUDA kernel in every dtype, compiled for two generations of GPUs on a machine that needs none."""
     session.install(*PINS, "-e", ".[torch,cuda]", "pytest", "pytest-xdist", "hypothesis")
-    session.run("pytest", "-n", "2", "tests/test_cuda_ptx.py", *session.posargs, env=SHARED_CORES)
+    compile_cuda(session, *session.posargs)
+
+
+def compile_cuda(session: nox.Session, *options: str) -> None:
+    """PTX of the CUDA kernels, with checks of what is in it."""
+    session.run("pytest", "-n", "2", "tests/test_cuda_ptx.py", *options, env=SHARED_CORES)
 
 
 @nox.session

@@ -6,6 +6,7 @@ copy of as many bytes; and the first call of a new process whose kernels were co
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from benchmarks.gpu import Run, alternate, bound, draw, graph, machine
 
 RESULT = Path(__file__).resolve().parent / "results" / "cuda.json"
 SHAPES = ((8, 2048, 16, 64), (4, 4096, 16, 128))
-MIXERS = ("delta_rule", "gated_delta_rule", "kda", "linear_attention", "ssd", "gla")
+MIXERS = ("lattice", "delta_rule", "gated_delta_rule", "kda", "linear_attention", "ssd", "gla")
+DTYPES = {"lattice": ("float32", "bfloat16")}
 POOLS = ((1, 16, 64), (1, 16, 128), (1024, 16, 64), (256, 16, 128))
 
 FIRST_CALL = """
@@ -35,10 +37,10 @@ print(time.perf_counter() - begun)
 """
 
 
-def recurrences(mixer: str, shape: tuple[int, ...], kind: str) -> dict[str, Any]:
+def recurrences(mixer: str, shape: tuple[int, ...], kind: str, dtype: str = "bfloat16") -> dict[str, Any]:
     """Milliseconds of ours and, for the delta rule, of fla's ``fused_recurrent_delta_rule``."""
     batch, tokens, heads, width = shape
-    case = Case(mixer, batch, tokens, heads, width, width, kind, (), "bfloat16", "cuda")
+    case = Case(mixer, batch, tokens, heads, width, width, kind, (), dtype, "cuda")
     x = draw(case)
     mix = mixers.get(mixer, backend="cuda")
     runs: dict[str, Run] = {"ours": bound(lambda **given: mix(**given, return_state=False).y, kind, x)}
@@ -48,7 +50,8 @@ def recurrences(mixer: str, shape: tuple[int, ...], kind: str) -> dict[str, Any]
         theirs = x | {"beta": x["beta"].to(x["q"].dtype)}
         runs["fla"] = bound(lambda **given: fused_recurrent_delta_rule(**given)[0], kind, theirs)
     found = alternate({name: graph(run) for name, run in runs.items()})
-    return {"mixer": mixer, "shape": list(shape), "pass": kind, **{f"{name}_ms": ms for name, ms in found.items()}}
+    times = {f"{name}_ms": ms for name, ms in found.items()}
+    return {"mixer": mixer, "shape": list(shape), "pass": kind, "dtype": dtype, **times}
 
 
 def tokens(batch: int, heads: int, width: int, rates: floor.Rates) -> dict[str, Any]:
@@ -92,8 +95,8 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in found["machine"].items()))
     for mixer in chosen.mixers:
         for shape in (SHAPES[i] for i in chosen.shapes):
-            for kind in (FORWARD, TRAIN):
-                found["recurrences"].append(recurrences(mixer, shape, kind))
+            for kind, dtype in itertools.product((FORWARD, TRAIN), DTYPES.get(mixer, ("bfloat16",))):
+                found["recurrences"].append(recurrences(mixer, shape, kind, dtype))
                 print(found["recurrences"][-1], flush=True)
     for pool in POOLS:
         found["tokens"].append(tokens(*pool, rates))

@@ -1,8 +1,9 @@
 """More device functions: sums that lanes share out among themselves, votes, and the arithmetic of norms.
 
-    fold(8, 0, 2)(array)          sums of 8 numbers over lanes that differ in bits 0 and 1: each of the four keeps two of
-                                  them, at the front of the array: bit 0 chooses the half, bit 1 the half of that
+    fold(8, 0, 2)(array)          sums of 8 numbers over lanes that differ in bits 0 and 1: each of the four keeps two,
+                                  at the front of the array: bit 0 chooses the half, bit 1 the half of that
     unfold(8, 0, 2)(array)        the way back: from the two numbers that each lane keeps to all 8, in every lane
+    load_bits, widen = later(kind, real)   a load whose number is made when it is wanted, so that nobody waits for it
     any_lane(flag)                whether any lane of the warp says so
     rsqrt(x)                      1/√x
     base = shared_place(array)    where a shared array lies, worked out once and kept in a register
@@ -22,12 +23,12 @@ from . import SIMULATED, WARP
 from .source import intrinsic
 
 if SIMULATED:
-    from .simulated import _cell, _lanes
+    from .simulated import _cell, _lanes, load
 else:
     from llvmlite import ir
     from numba.core import cgutils, types
 
-    from .native import _BITS, _EVERY_LANE, _from_lane, _pointer, _register
+    from .native import _BITS, _EVERY_LANE, _from_lane, _pointer, _register, load
 
 
 def shares(count, first, last):
@@ -60,12 +61,12 @@ def _fold_native(count, first, last):
                 if len(numbers) % 2:
                     numbers = [builder.fadd(x, _from_lane(builder, x, 1 << bit)) for x in numbers]
                     continue
-                flag = builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(word, 1 << bit)), ir.Constant(word, 0))
+                flag = builder.icmp_unsigned(
+                    "!=", builder.and_(lane, ir.Constant(word, 1 << bit)), ir.Constant(word, 0)
+                )
                 low, high = numbers[:half], numbers[half:]
                 numbers = [
-                    builder.fadd(
-                        builder.select(flag, b, a), _from_lane(builder, builder.select(flag, a, b), 1 << bit)
-                    )
+                    builder.fadd(builder.select(flag, b, a), _from_lane(builder, builder.select(flag, a, b), 1 << bit))
                     for a, b in zip(low, high, strict=True)
                 ]
             for place, x in zip(places, numbers, strict=False):
@@ -89,10 +90,14 @@ def _unfold_native(count, first, last):
             numbers = [builder.load(place) for place in places[:kept]]
             lane = _lane(builder)
             for bit, _ in reversed(chosen):
-                flag = builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(word, 1 << bit)), ir.Constant(word, 0))
+                flag = builder.icmp_unsigned(
+                    "!=", builder.and_(lane, ir.Constant(word, 1 << bit)), ir.Constant(word, 0)
+                )
                 others = [_from_lane(builder, x, 1 << bit) for x in numbers]
                 pairs = list(zip(numbers, others, strict=True))
-                numbers = [builder.select(flag, b, a) for a, b in pairs] + [builder.select(flag, a, b) for a, b in pairs]
+                numbers = [builder.select(flag, b, a) for a, b in pairs] + [
+                    builder.select(flag, a, b) for a, b in pairs
+                ]
             for place, x in zip(places, numbers, strict=True):
                 builder.store(x, place)
             return context.get_dummy_value()
@@ -168,6 +173,10 @@ if SIMULATED:
     def rsqrt(x):
         """In the dtype of x."""
         return type(x)(1) / np.sqrt(x)
+
+    def later(kind, real):
+        """A load, and what makes a number of what it found; the type in between."""
+        return load(kind), np.dtype(real).type, np.dtype(real).type
 
     def shared_place(array):
         """The array itself."""
@@ -250,6 +259,47 @@ else:
             return builder.fdiv(ir.Constant(kind, 1), found) if double else found
 
         return x(x), emit
+
+    def later(kind, real):
+        """A load, and what makes a number of what it found; the type in between."""
+        if kind not in ("bfloat16", "float16"):
+            return load(kind), _same, np.float64 if kind == "float64" else np.float32
+        return _load_bits(kind), _widen(kind), np.int32
+
+    @intrinsic
+    def _same(typing_context, x):
+        return x(x), lambda context, builder, signature, values: values[0]
+
+    @functools.cache
+    def _load_bits(kind):
+        """16 bits as they are."""
+
+        @intrinsic
+        def read(typing_context, address, index):
+            def emit(context, builder, signature, values):
+                place = _pointer(builder, *values, "int16")
+                return builder.zext(builder.load(place), ir.IntType(32))
+
+            return types.int32(types.int64, types.int64), emit
+
+        return read
+
+    @functools.cache
+    def _widen(kind):
+        """A float32 of 16 bits."""
+
+        @intrinsic
+        def wide(typing_context, bits):
+            def emit(context, builder, signature, values):
+                if kind == "bfloat16":
+                    found = builder.shl(values[0], ir.Constant(ir.IntType(32), 16))
+                    return builder.bitcast(found, ir.FloatType())
+                half = builder.bitcast(builder.trunc(values[0], ir.IntType(16)), ir.HalfType())
+                return builder.fpext(half, ir.FloatType())
+
+            return types.float32(types.int32), emit
+
+        return wide
 
     @intrinsic
     def shared_place(typing_context, array):

@@ -16,7 +16,7 @@ from .arrays import SIZES, empty, kind, place
 from .delta import gather
 from .device import WARP
 from .folds import shares
-from .kernel import CudaKernel, blank_unused
+from .kernel import PROCESSORS, CudaKernel, blank_unused
 from .lattice_backward import numbers as numbers_of
 from .lattice_slots import OBJECTIVES
 from .program import Program, constants
@@ -25,8 +25,14 @@ FORWARD = Program("lattice_forward")
 BACKWARD = Program("lattice_backward")
 
 # Cells of a state that a thread holds in registers, by the number of warps in a block.
-MOST_CELLS = {4: 64, 8: 64, 16: 32} if WARP == 32 else {1: 1 << 20}
+MOST_CELLS = {2: 64, 4: 64, 8: 64, 16: 32} if WARP == 32 else {1: 1 << 20}
 LANES = (8, 4, 16, 2) if WARP == 32 else (2,)
+
+# Cells that a thread of the backward holds, which has every slot twice: the first that there is a layout for.
+FEW_CELLS = (16, 32)
+
+# Registers of a multiprocessor, and the blocks that are to share them where there are many heads, none too large.
+REGISTERS, CROWD, MOST_OF_A_CROWD = 65536, 4, 4096
 
 # Bytes of shared memory that a kernel has without asking for more.
 SHARED = 48 * 1024
@@ -49,7 +55,7 @@ def layouts(problem: Problem) -> list[dict[str, int]]:
                 config = {"rows": rows, "columns": columns, "lanes": lanes, "warps": warps, "tile": 4}
                 if shared(problem, config, 1) <= SHARED:
                     found.append(config)
-    return sorted(found, key=_cost)
+    return sorted(found, key=lambda config: _cost(problem, config))
 
 
 def aligned(columns: int, lanes: int) -> int:
@@ -59,19 +65,25 @@ def aligned(columns: int, lanes: int) -> int:
     return columns
 
 
-def _cost(config: Config) -> float:
+def crowded(problem: Problem) -> bool:
+    """Whether there are more heads than multiprocessors hold two by two: work counts then, not the time of a token."""
+    return problem.parallel > 2 * PROCESSORS
+
+
+def _cost(problem: Problem, config: Config) -> float:
     """Roughly the cycles of a token: work on the slots, exchanges between lanes, sums over warps."""
     rows, columns, lanes, warps = (config[name] for name in ("rows", "columns", "lanes", "warps"))
     along, across = lanes.bit_length() - 1, (WARP // lanes).bit_length() - 1
-    work = 7 * rows * columns + 25 * rows + 2 * (2 * rows + 1) * along + 6 * columns + columns * warps
-    return work * max(1, warps / 4) + 30 * (along + across)
+    work = 7 * rows * columns + 25 * rows + 2 * (2 * rows + 1) * along + 10 * columns + 2 * columns * warps
+    return work * warps if crowded(problem) else work * max(1, warps / 4) + 30 * (along + across)
 
 
 def shared(problem: Problem, config: Config, together: int) -> int:
     """Bytes of shared memory that a block takes."""
     rows, columns, lanes, warps, tile = (config[name] for name in ("rows", "columns", "lanes", "warps", "tile"))
     keys, values = rows * (WARP // lanes) * warps, columns * lanes
-    numbers = 2 * tile * (3 * keys + values + 1) + 2 * warps * values * (1 + together)
+    strengths = keys if problem.layout("beta") == "B T H K" else 1
+    numbers = 2 * tile * (2 * keys + strengths + values + 1) + 2 * warps * values * (1 + together)
     return numbers * (8 if problem.compute_dtype == "float64" else 4)
 
 
@@ -95,6 +107,10 @@ class LatticeRecurrent(CudaKernel):
                 f"numbers, and K = {key_dim}, V = {value_dim}; backend='triton' or 'reference' takes wider ones"
             )
         return Support.yes()
+
+    def suits(self, problem: Problem) -> bool:
+        """Sequences; a single token is over before its state has been brought to registers."""
+        return not problem.single
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """The likeliest first."""
@@ -185,15 +201,18 @@ def run_forward(
         *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
         *place(measured, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
     )  # fmt: skip
-    FORWARD(x["q"], chosen, s.N * s.H, config["warps"] * WARP, numbers, (problem.option["scale"],))
+    threads = config["warps"] * WARP
+    few = config["rows"] * config["columns"] * threads <= MOST_OF_A_CROWD and real == "float32"
+    registers = REGISTERS // (CROWD * threads) if few and crowded(problem) else 0
+    FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), 0, registers)
 
 
 def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
     """How the backward lays out a head, which it holds twice, the tokens of a segment, and whether they wait near."""
     double = problem.compute_dtype == "float64"
-    most = 16 if double else 32
     found = layouts(problem)
-    config = next((c for c in found if c["rows"] * c["columns"] <= most), found[0])
+    fits = [[c for c in found if c["rows"] * c["columns"] <= most // (2 if double else 1)] for most in FEW_CELLS]
+    config = next((min(few, key=lambda c: abs(c["lanes"] - 8)) for few in fits if few), found[0])
     shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
     per_slot = problem.layout("beta") == "B T H K"
     size = 8 if double else 4
@@ -220,7 +239,8 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     dy, final, marks = (dout.get(name) for name in ("y", "final.state", "checkpoint.state"))
     first, decay = dx.get("initial.state"), dx.get("log_decay")
     constant = shape_of(problem, shape, x) | {
-        "segment": segment, "near": near, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real, "dmarks": kind(marks) or real,
+        "segment": segment, "near": near, "dy": kind(dy) or kind(q), "dfinal": kind(final) or real,
+        "dmarks": kind(marks) or real,
         "dinitial": kind(first) or real, "dq": kind(rows["q"]), "dk": kind(rows["k"]), "dbeta": kind(dx["beta"]),
         "dg": kind(decay) or real,
     }  # fmt: skip

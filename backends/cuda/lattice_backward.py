@@ -31,10 +31,10 @@ def numbers(*, rows, columns, lanes, warps, segment, per_slot, near):
 
 
 def build(
-    *, rows, columns, lanes, warps, segment, near, objective, read_norm, real, kind, beta, per_slot, gated, decay, first, dy,
-    dfinal, dmarks, dinitial, dq, dk, dbeta, dg,
+    *, rows, columns, lanes, warps, segment, near, objective, read_norm, real, kind, beta, per_slot, gated, decay,
+    first, dy, dfinal, dmarks, dinitial, dq, dk, dbeta, dg,
 ):  # fmt: skip
-    """The kernel; ``near``: slots wait in shared memory, not in scratch; ``dy`` and what follows are dtypes of gradients."""
+    """The kernel. ``near``: slots wait in shared memory, not in scratch; ``dy`` and what follows are dtypes."""
     R, C, L, W, M, S = rows, columns, lanes, warps, WARP // lanes, segment
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
@@ -74,9 +74,9 @@ def build(
         held = shared_place(cuda.shared.array(0, element))
         thread = np.int32(cuda.threadIdx.x)
         warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
+        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
         row0 = warp * np.int32(R * M) + m * np.int32(R)
-        column0 = np.int32(4) * l
+        column0 = np.int32(4) * band
         mine = np.int32(0)
         for bit, offset in CHOSEN:
             mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
@@ -163,7 +163,11 @@ def build(
                 token, row = begin + at // np.int32(BP), at % np.int32(BP)
                 if at < S * BP:
                     inside = token < length and row < K
-                    leave(held, BETAS + at, number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero)
+                    leave(
+                        held,
+                        BETAS + at,
+                        number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero,
+                    )
             if GATED:
                 for i in range(STAGE_G):
                     at = np.int32(i * THREADS) + thread
@@ -179,17 +183,17 @@ def build(
                 four = read_kept(kept, (((keep + part * heads) * (CELLS // 4) + e) * THREADS + thread) * 4)
                 for i in range(4):
                     s[4 * e + i] = four[i]
-            for u in range(count):
+            for early in range(count):
                 for e in range(CELLS // 4):
                     if NEAR:
-                        at = STATES + ((u * np.int32(CELLS // 4) + e) * np.int32(THREADS) + thread) * np.int32(4)
+                        at = STATES + ((early * np.int32(CELLS // 4) + e) * np.int32(THREADS) + thread) * np.int32(4)
                         leave_four(held, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
                     else:
-                        at = own + (np.int64(u) * (CELLS // 4) + e) * THREADS * 4
+                        at = own + (np.int64(early) * (CELLS // 4) + e) * THREADS * 4
                         write_kept(scratch, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
-                at_k = np.int32(u) * np.int32(KP) + row0
-                at_v = np.int32(u) * np.int32(VP) + column0
-                mu = take(held, FADES + u)[0] if GATED else one
+                at_k = np.int32(early) * np.int32(KP) + row0
+                at_v = np.int32(early) * np.int32(VP) + column0
+                mu = take(held, FADES + early)[0] if GATED else one
                 for x in range(WIDE):
                     four = take_four(held, HS + at_v + 4 * L * x)
                     for i in range(4):
@@ -200,9 +204,13 @@ def build(
                     for i in range(4):
                         kk[4 * x + i], a[4 * x + i], over[4 * x + i] = keys[i], sums_of[i], norms[i]
                 for i in range(4 * QUADS, R):
-                    kk[i], a[i], over[i] = take(held, at_k + i)[0], take(held, ALONG + at_k + i)[0], take(held, OVER + at_k + i)[0]
+                    kk[i], a[i], over[i] = (
+                        take(held, at_k + i)[0],
+                        take(held, ALONG + at_k + i)[0],
+                        take(held, OVER + at_k + i)[0],
+                    )
                 for i in range(R):
-                    strength = take(held, BETAS + at_k + i)[0] if PER_SLOT else take(held, BETAS + u)[0]
+                    strength = take(held, BETAS + at_k + i)[0] if PER_SLOT else take(held, BETAS + early)[0]
                     c = strength * (kk[i] - a[i] if ENCODES else kk[i])
                     rho[i], alpha[i] = (mu - c * a[i]) * over[i], c * over[i]
                 for i in range(R):
@@ -215,7 +223,7 @@ def build(
                                 s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
 
             for reverse in range(count):
-                u = count - 1 - reverse
+                u = np.int32(count - 1 - reverse)
                 token = begin + u
                 for e in range(CELLS // 4):
                     if NEAR:
@@ -252,7 +260,11 @@ def build(
                     for i in range(4):
                         of_q[4 * x + i] = four[i]
                 for i in range(4 * QUADS, R):
-                    kk[i], a[i], over[i] = take(held, at_k + i)[0], take(held, ALONG + at_k + i)[0], take(held, OVER + at_k + i)[0]
+                    kk[i], a[i], over[i] = (
+                        take(held, at_k + i)[0],
+                        take(held, ALONG + at_k + i)[0],
+                        take(held, OVER + at_k + i)[0],
+                    )
                     of_q[i] = take(held, QUERIES + at_k + i)[0]
                 for j in range(C):
                     hh += h[j] * h[j]
@@ -296,7 +308,7 @@ def build(
                     of_x = of_h - a[i] * of_s
                     of_mu += of_s
                     of_beta += z * of_x
-                    if PER_SLOT and l == 0 and row0 + i < K:
+                    if PER_SLOT and band == 0 and row0 + i < K:
                         write_beta(dbeta, at_row + i, z * of_x)
                     of_k[i] = strength * of_x
                     of_a = -c * of_s - (of_k[i] if ENCODES else zero)
@@ -305,7 +317,12 @@ def build(
                         sums[j] += pulled * carry[i * C + j] + (of_a - c * turn * turned) * s[i * C + j]
                     all_h -= c * turn * pulled
                     all_up += c * query
-                    on_g[i], on_s[i], on_h[i], on_up[i] = turned, -w * turn * turned, of_a - w * turn * pulled, w * query
+                    on_g[i], on_s[i], on_h[i], on_up[i] = (
+                        turned,
+                        -w * turn * turned,
+                        of_a - w * turn * pulled,
+                        w * query,
+                    )
                 for j in range(C):
                     sums[j] += all_h * h[j]
                     if not READ_NORM:
@@ -348,7 +365,7 @@ def build(
                         with_s += s[i * C + j] * sums[j]
                     if DECODES:
                         of_k[i] -= along(with_s)
-                    if l == 0 and row0 + i < K:
+                    if band == 0 and row0 + i < K:
                         write_q(dq, at_row + i, gain * of_q[i])
                         write_k(dk, at_row + i, of_k[i])
                     for j in range(C):

@@ -4,23 +4,23 @@
     n_i² = w² r + 2 w c a + c² ‖h‖²   ρ = w/n   α = c/n      s'_i = ρ_i s_i + α_i h      y = scale · S'ᵀq or S̃ᵀq
 
 A block has one head. A warp has ``rows · M`` slots: a lane holds ``rows`` slots by ``columns`` values of them in
-registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over lanes,
-without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
+registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over
+lanes, without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
 
-The chain from token to token is a, then n, then the next token's prediction, which is taken from the slots as they were,
+The chain from token to token is a, then n, then the next token's prediction, taken from the slots as they were,
 
     S'ᵀk' = Σ_i (k'_i ρ_i) s_i + (Σ_i k'_i α_i) h
 
 so that turning the slots, reading them and measuring r wait for nobody: they are done while the next token's sums are
-on their way. r is measured anew at every token: that keeps
-norms right. Where the terms of n² cancel, ‖s̃‖² is measured itself, and always so where a decay may leave little of a
-slot; then coefficients are first divided by max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values
-that only fill a tile up are unit vectors that no key reaches.
+on their way. r is measured anew at every token: that keeps norms right. Where the terms of n² cancel, ‖s̃‖² is measured
+itself, and always so where a decay may leave little of a slot; then coefficients are first divided by
+max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values that only fill a tile up are unit vectors
+that no key reaches.
 
 Tokens come through shared memory a tile at a time, loaded while the tile before is worked on. There is one barrier a
 token.
 
-    slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 l + j % 4
+    slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 band + j % 4
 
 Of a sum over the slots a lane keeps its share of columns, an aligned piece of its own.
 """
@@ -30,7 +30,7 @@ import math
 import numpy as np
 
 from .device import WARP, load, store, sum_lanes
-from .folds import any_lane, fold, get, put, rsqrt, shared_place, shares, write_four
+from .folds import any_lane, fold, get, later, put, rsqrt, shared_place, shares, write_four
 from .lattice_slots import DECODING, ENCODING, direction
 from .source import cuda
 
@@ -39,8 +39,8 @@ _CANCELS = 16.0
 
 
 def build(
-    *, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, gated, decay, first,
-    source, target, marked, marks, slots, out_slots, fresh, reads, keeps,
+    *, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, gated, decay,
+    first, source, target, marked, marks, slots, out_slots, fresh, reads, keeps,
 ):  # fmt: skip
     """The kernel.
 
@@ -69,8 +69,12 @@ def build(
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
     along, across = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS)
     take_rows, take_four, take, leave = get(real, ROW), get(real, 4), get(real, 1), put(real)
-    read, write, write_kept = load(kind), store(kind), write_four(real)
-    read_beta, read_decay, read_first, read_source = load(beta), load(decay), load(first), load(source)
+    read, widen, bits = later(kind, real)
+    read_beta, widen_beta, beta_bits = later(beta, real)
+    read_decay, widen_decay, decay_bits = later(decay, real)
+    write, write_kept = store(kind), write_four(real)
+    read_first, read_source = load(first), load(source)
+    no_bits, no_beta, no_decay = bits(0), beta_bits(0), decay_bits(0)
     write_target, write_mark, write_real = store(target), store(marks), store(real)
     read_slot, read_out_slot, read_fresh, read_offset = load(slots), load(out_slots), load(fresh), load("int64")
 
@@ -84,9 +88,9 @@ def build(
         held = shared_place(cuda.shared.array(ALL, number))
         thread = np.int32(cuda.threadIdx.x)
         warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
+        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
         row0 = warp * np.int32(R * M) + m * np.int32(R)
-        column0 = np.int32(4) * l
+        column0 = np.int32(4) * band
         mine = np.int32(0)
         for bit, offset in CHOSEN:
             mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
@@ -129,11 +133,11 @@ def build(
         keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
         gain = number(scale)
 
-        some_k = cuda.local.array(SOME_K, number)
-        some_q = cuda.local.array(SOME_K, number)
-        some_v = cuda.local.array(SOME_V, number)
-        some_b = cuda.local.array(SOME_B, number)
-        some_g = one
+        some_k = cuda.local.array(SOME_K, bits)
+        some_q = cuda.local.array(SOME_K, bits)
+        some_v = cuda.local.array(SOME_V, bits)
+        some_b = cuda.local.array(SOME_B, beta_bits)
+        some_g = no_decay
         a = cuda.local.array(R, number)
         rho = cuda.local.array(R, number)
         alpha = cuda.local.array(R, number)
@@ -192,42 +196,42 @@ def build(
                     at = np.int32(i * THREADS) + thread
                     token, row = first_ahead + at // np.int32(KP), at % np.int32(KP)
                     inside = token < length and row < K and (FULL_K or at < tile * KP)
-                    some_k[i] = number(read(k, k_at + token * k_t + row * k_d)) if inside else zero
-                    some_q[i] = number(read(q, q_at + token * q_t + row * q_d)) if READS and inside else zero
+                    some_k[i] = read(k, k_at + token * k_t + row * k_d) if inside else no_bits
+                    some_q[i] = read(q, q_at + token * q_t + row * q_d) if READS and inside else no_bits
                 for i in range(SOME_V):
                     at = np.int32(i * THREADS) + thread
                     token, column = first_ahead + at // np.int32(VP), at % np.int32(VP)
                     inside = token < length and column < V and (FULL_V or at < tile * VP)
-                    some_v[i] = number(read(v, v_at + token * v_t + column * v_d)) if inside else zero
+                    some_v[i] = read(v, v_at + token * v_t + column * v_d) if inside else no_bits
                 for i in range(SOME_B):
                     at = np.int32(i * THREADS) + thread
                     token, row = first_ahead + at // np.int32(BP), at % np.int32(BP)
                     inside = token < length and row < K and (FULL_B or at < tile * BP)
-                    some_b[i] = number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero
+                    some_b[i] = read_beta(beta, beta_at + token * beta_t + row * beta_d) if inside else no_beta
                 if GATED:
-                    some_g = one
+                    some_g = no_decay
                     if thread < tile and first_ahead + thread < length:
-                        some_g = number(math.exp(number(read_decay(g, g_at + (first_ahead + thread) * g_t))))
+                        some_g = read_decay(g, g_at + (first_ahead + thread) * g_t)
             elif u == tile - 2:
                 # From registers to shared memory, a barrier before the first is read.
                 to = np.int32(first_ahead) & np.int32(RING - 1)
                 for i in range(SOME_K):
                     at = np.int32(i * THREADS) + thread
                     if FULL_K or at < tile * KP:
-                        leave(held, to * np.int32(KP) + at, some_k[i])
+                        leave(held, to * np.int32(KP) + at, number(widen(some_k[i])))
                         if READS:
-                            leave(held, QUERIES + to * np.int32(KP) + at, some_q[i])
+                            leave(held, QUERIES + to * np.int32(KP) + at, number(widen(some_q[i])))
                 for i in range(SOME_V):
                     at = np.int32(i * THREADS) + thread
                     if FULL_V or at < tile * VP:
-                        leave(held, VALUES + to * np.int32(VP) + at, some_v[i])
+                        leave(held, VALUES + to * np.int32(VP) + at, number(widen(some_v[i])))
                 for i in range(SOME_B):
                     at = np.int32(i * THREADS) + thread
                     if FULL_B or at < tile * BP:
-                        leave(held, BETAS + to * np.int32(BP) + at, some_b[i])
+                        leave(held, BETAS + to * np.int32(BP) + at, number(widen_beta(some_b[i])))
                 if GATED and thread < tile:
-                    leave(held, FADES + to + thread, some_g)
-            if READS and (u == 1 or TOGETHER < tile) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
+                    leave(held, FADES + to + thread, number(math.exp(number(widen_decay(some_g)))))
+            if READS and (u == 1 or tile > TOGETHER) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
                 # Reads that every warp has left its part of.
                 for i in range(SOME_Y):
                     at = np.int32(i * THREADS) + thread
@@ -278,11 +282,11 @@ def build(
                         size += s[i * C + j] * s[i * C + j]
                     r[i] = along(size)
             if READS:
-                before = np.int32(t - 1) & np.int32(RING - 1)
+                read_at = np.int32(t - 1) & np.int32(RING - 1)
                 for j in range(C):
                     sums[j] = zero
                 for x in range(R // ROW):
-                    some = take_rows(held, QUERIES + before * np.int32(KP) + row0 + ROW * x)
+                    some = take_rows(held, QUERIES + read_at * np.int32(KP) + row0 + ROW * x)
                     for i in range(ROW):
                         weight = some[i] if READ_NORM else some[i] * norm[ROW * x + i]
                         for j in range(C):
@@ -372,7 +376,7 @@ def build(
 
             if KEEPS:
                 at = ((row_at + t) * heads + head) * (2 * K + V)
-                if l == 0:
+                if band == 0:
                     for i in range(R):
                         if row0 + i < K:
                             write_real(measured, at + row0 + i, a[i])

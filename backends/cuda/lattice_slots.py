@@ -1,6 +1,7 @@
 """What the kernels of Lattice share: objectives, and the first directions of slots.
 
-    d_ij = cos(π (i + ½)(j + ½)/n)/‖·‖      n = max(K, V)      Σ_{j<V} cos² = V/2 + sin(2Vφ)/(4 sin φ),  φ = π(2i + 1)/(2n)
+    d_ij = cos(π (i + ½)(j + ½)/n)/‖·‖      n = max(K, V)
+    Σ_{j<V} cos² = V/2 + sin(2Vφ)/(4 sin φ)      φ = π(2i + 1)/(2n)
 
 which is ``mixers.algebra.unit_directions``, an element at a time: only a slot of which nothing is left asks. It is a
 call and never inlined, or the loops that ask would be too long to be unrolled and the slots would leave the registers.

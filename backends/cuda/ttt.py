@@ -40,7 +40,7 @@ class TTTRecurrent(CudaKernel):
             width, double = problem.widths[2], problem.compute_dtype == "float64"
             most = 64 if double else 128
             return Support.no(
-                f"holds a head in the registers of one block, up to {most} channels of {problem.compute_dtype} numbers, "
+                f"holds a head in the registers of one block, up to {most} channels of {problem.compute_dtype}, "
                 f"and K = {width}; backend='triton' or 'reference' takes more"
             )
         return Support.yes()
@@ -143,7 +143,10 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
         clear(parts["token_scale"])
     first = {f: dx.get(f"initial.{f}") for f in FIELDS[:4]}
     if first["weight"] is not None:
-        first = {f: empty((s.N, s.H, s.K, s.K)[: 4 if f.startswith("weight") else 3], real, q) if a is None else a for f, a in first.items()}
+        first = {
+            f: empty((s.N, s.H, s.K, s.K)[: 4 if f.startswith("weight") else 3], real, q) if a is None else a
+            for f, a in first.items()
+        }
     final = {f: dout.get(f"final.{f}") for f in FIELDS[:4]}
     marks = {f: dout.get(f"checkpoint.{f}") for f in FIELDS[:4]}
     dy = dout.get("y")

@@ -36,7 +36,7 @@ def build(
     OWN, CHOSEN = shares(C, 0, BITS)
     ALL_PARTS, ALL_COLUMNS = W * VP, max(VP, R * M * W)
     number = np.dtype(real).type
-    zero, one, two = number(0), number(1), number(2)
+    zero, one = number(0), number(1)
     along, all_lanes = sum_lanes(BITS, ALL_BITS), sum_lanes(0, ALL_BITS)
     across, back = fold(C, 0, BITS), unfold(C, 0, BITS)
     read, read_beta, read_first, read_count = load(kind), load(beta), load(first), load(counter)
@@ -62,8 +62,8 @@ def build(
         totals = cuda.shared.array(W, number)
         thread = np.int32(cuda.threadIdx.x)
         warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
-        row0, column0 = warp * np.int32(R * M) + m * np.int32(R), np.int32(4) * l
+        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
+        row0, column0 = warp * np.int32(R * M) + m * np.int32(R), np.int32(4) * band
         mine = np.int32(0)
         for bit, offset in CHOSEN:
             mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
@@ -254,7 +254,7 @@ def build(
                         to_w[i * C + j] += qq[i] * e[j]
                         to_p[i * C + j] -= share * qq[i] * e[j]
                     by_weight = along(by_weight - share * by_sum)
-                    if l == 0 and row < K:
+                    if band == 0 and row < K:
                         up = number(read_dy(dy, dy_at + t * dy_t + row * dy_d)) if dy != 0 else zero
                         write_q(dq, ((row_at + t) * heads + head) * K + row, up + by_weight)
 
@@ -342,7 +342,7 @@ def build(
                         of_k[i] += w[i * C + j] * f[j]
                         to_w[i * C + j] += kk[i] * f[j]
                     of_k[i] = along(of_k[i])
-                    if l == 0 and row < K:
+                    if band == 0 and row < K:
                         write_k(dk, ((row_at + t) * heads + head) * K + row, of_k[i] + by_column[row])
                 if thread == 0:
                     write_beta(dbeta, (row_at + t) * heads + head, of_beta)

@@ -24,7 +24,8 @@ EPS = 1e-6
 
 
 def build(
-    *, rows, columns, lanes, warps, tile, real, kind, beta, weight, shift, rate, first, final, marks, counter, keeps, reads
+    *, rows, columns, lanes, warps, tile, real, kind, beta, weight, shift, rate, first, final, marks, counter, keeps,
+    reads,
 ):  # fmt: skip
     """The kernel; all but the layout, ``keeps`` and ``reads`` are dtypes of arrays."""
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
@@ -56,8 +57,8 @@ def build(
         parts = cuda.shared.array(ALL_PARTS, number)
         thread = np.int32(cuda.threadIdx.x)
         warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, l = lane & np.int32(M - 1), lane >> np.int32(BITS)
-        row0, column0 = warp * np.int32(R * M) + m * np.int32(R), np.int32(4) * l
+        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
+        row0, column0 = warp * np.int32(R * M) + m * np.int32(R), np.int32(4) * band
         mine = np.int32(0)
         for bit, offset in CHOSEN:
             mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
@@ -237,7 +238,7 @@ def build(
                         write_real(measured, at + K + column, seen[j])
                         write_real(measured, at + 2 * K + column, sums[j])
                         write_real(measured, at + 3 * K + column, x[j])
-                if l == 0:
+                if band == 0:
                     write_real(measured, at + 4 * K, std)
                     write_real(measured, at + 4 * K + 1, std_read)
 
