@@ -198,7 +198,7 @@ def losses(mix: Any, x: dict[str, Any]) -> Any:
 @on_gpu
 @each_form
 def test_no_synchronisation_and_no_second_compilation(name: str, options: dict[str, Any]) -> None:
-    mix = mixers.get(name, **options)
+    mix = mixers.get(name, backend="triton", **options)
     for batch, tokens in ((2, 70), (3, 131), (1, 64)):
         losses(mix, inputs(name, batch, tokens, width=64, dtype="bfloat16"))
     compiled = variants()
@@ -216,7 +216,7 @@ def test_no_synchronisation_and_no_second_compilation(name: str, options: dict[s
 @on_gpu
 @each_form
 def test_packs_do_not_synchronise(name: str, options: dict[str, Any]) -> None:
-    mix = mixers.get(name, **options)
+    mix = mixers.get(name, backend="triton", **options)
     pack = mixers.pack([5, 0, 90, 1], device="cuda")
     x = inputs(name, 1, 96, width=64, dtype="bfloat16")
     mix(**x, cu_seqlens=pack)
@@ -230,7 +230,7 @@ def test_packs_do_not_synchronise(name: str, options: dict[str, Any]) -> None:
 @on_gpu
 @each_form
 def test_graphs_replay_forward_backward_and_step(name: str, options: dict[str, Any]) -> None:
-    mix = mixers.get(name, **options)
+    mix = mixers.get(name, backend="triton", **options)
     x = inputs(name, 2, 70, width=64, dtype="bfloat16")
     token = {n: a[:, 0].contiguous() for n, a in x.items()}
     state = mix(**x).state
@@ -258,7 +258,7 @@ def test_graphs_replay_forward_backward_and_step(name: str, options: dict[str, A
 @pytest.mark.parametrize("name", ["delta_rule", "gla", "lattice", "ttt_linear"])
 def test_offsets_beyond_32_bits(name: str) -> None:
     """The last rows of an array of more than 2³¹ elements are what they are alone."""
-    mix, heads, width, tokens = mixers.get(name), 16, 64, 2048
+    mix, heads, width, tokens = mixers.get(name, backend="triton"), 16, 64, 2048
     batch = 2**31 // (heads * width * tokens) + 3
     few = inputs(name, 3, tokens, width=width, heads=heads, dtype="bfloat16")
     many = {n: torch.zeros((batch, *a.shape[1:]), dtype=a.dtype, device="cuda") for n, a in few.items() if n in "qkv"}
@@ -276,7 +276,7 @@ def test_offsets_beyond_32_bits(name: str) -> None:
 @each_form
 def test_torch_compile_in_one_piece(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    mix = mixers.get(name, **options)
+    mix = mixers.get(name, backend="triton", **options)
 
     def loss(x: dict[str, Any]) -> Any:
         return mix(**x, return_state=False).y.float().square().sum()
