@@ -10,6 +10,8 @@ Slot −1 is padding. Sequences that start afresh take the mixer's first state i
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mixers.algebra import device_of
 from mixers.arrays import library_of
 from mixers.backend import Pool
@@ -64,15 +66,24 @@ def decode(
     source = xp.where(real, slots, xp.zeros_like(slots))
     state = tuple(xp.take(p, source, axis=0) for p in pools)
     if fresh is not None:
-        first = mixer.init_state(batch, v.shape[2], q.shape[3], v.shape[3], key_heads=q.shape[2], like=q)
-        first = first if isinstance(first, tuple) else (first,)
         state = tuple(
-            xp.where(_column(xp, fresh, s), xp.astype(f, s.dtype), s) for f, s in zip(first, state, strict=True)
+            xp.where(_column(xp, fresh, s), first, xp.astype(s, first.dtype))
+            for first, s in zip(_first_state(call), state, strict=True)
         )
     y, state = mixer(q, k, v, initial_state=state if len(fields) > 1 else state[0], **gates)
     state = state if isinstance(state, tuple) else (state,)
     library.scatter(pools, state, real & (target >= 0), target)
     return xp.where(_column(xp, real, y), y, xp.zeros((), dtype=y.dtype, **device_of(y)))
+
+
+def _first_state(call: Call) -> tuple[Array, ...]:
+    """The spec's first state of one sequence, in the working dtype: a pool of halves does not round it."""
+    fields, q = call.spec.state(call.options).fields, call.x["q"]
+    wide = "float64" if call.library.dtype(q) == "float64" else "float32"
+    return tuple(
+        call.library.from_numpy(np.array(first), "int32" if field.counter else wide, q)
+        for field, first in zip(fields, call.spec.first(call.sizes, call.options), strict=True)
+    )
 
 
 def _column(xp: Any, flags: Array, like: Array) -> Array:

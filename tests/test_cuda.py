@@ -1,4 +1,7 @@
-"""The CUDA backend's own: whom it refuses, pools written in place, its simulator, and on a GPU laws 6 and 7."""
+"""The CUDA backend's own: whom it refuses, its simulator, registers, a process that starts without Numba.
+
+Pools and laws 5 to 7: ``conformance/test_device.py``.
+"""
 
 import json
 import subprocess
@@ -25,7 +28,6 @@ import mixers.backends.cuda as home  # noqa: E402
 
 DEVICE = "cpu" if home.SIMULATED else "cuda"
 NAMES = [n for n in mixers.names() if any(n in kernel.mixers for kernel in installed()["cuda"].kernels())]
-IN_PLACE = [n for n in NAMES if any(n in k.mixers and k.in_place for k in installed()["cuda"].kernels())]
 each_mixer = pytest.mark.parametrize("name", NAMES)
 
 
@@ -51,11 +53,6 @@ def problem(**changes: Any) -> Problem:
     given: dict[str, Any] = {"dtype": "float32", "library": "torch", "device": DEVICE, "K": 8, "V": 8} | changes
     sizes = Sizes(B=1, T=4, G=1, H=1, K=given.pop("K"), V=given.pop("V"), N=1)
     return Problem.of(spec, spec.resolve({}), sizes, Flags(), layouts=(("beta", "B T H"),), **given)
-
-
-def states(state: Any) -> tuple[Any, ...]:
-    """A state as a tuple of arrays."""
-    return state if isinstance(state, tuple) else (state,)
 
 
 @pytest.mark.parametrize(
@@ -91,54 +88,6 @@ def test_without_numba_cuda_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     assert not support and "sequence-mixers[cuda]" in support.reason
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
-def test_auto_leaves_the_simulator_alone() -> None:
-    explained = mixers.get("delta_rule").explain(**inputs("delta_rule", 1, 4))
-    assert explained.chosen.backend != "cuda"
-    assert "runs on cuda" in str(explained)
-
-
-def test_a_failing_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    mix = mixers.get("delta_rule", backend="cuda")
-    kernel = next(k for k in installed()["cuda"].kernels() if k.name == "delta.recurrent")
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(type(kernel), "forward", fail)
-    with pytest.raises(RuntimeError, match="out of luck") as caught:
-        mix(**inputs("delta_rule", 1, 4))
-    assert "cuda/delta.recurrent" in "".join(caught.value.__notes__) and "T=4" in "".join(caught.value.__notes__)
-
-
-@pytest.mark.parametrize("name", IN_PLACE)
-@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
-def test_decode_is_a_call_on_the_pool(name: str, storage: str) -> None:
-    """Padding writes nothing, fresh sequences start from the first state, a slot may be read and another written."""
-    mix = mixers.get(name, backend="cuda", state_dtype="" if storage == "float32" else storage)
-    begun = mix(**inputs(name, 5, 3)).state
-    pool = tuple(s.clone() for s in states(begun))
-    assert all(p.dtype == getattr(torch, storage) for p in pool)
-    before = [p.clone() for p in pool]
-    x = inputs(name, 3, 2)
-    slots, to = (torch.tensor(s, dtype=torch.int32, device=DEVICE) for s in ([3, -1, 0], [1, 2, 0]))
-    fresh = torch.tensor([False, False, True], device=DEVICE)
-    y = mix.decode(**x, pool=pool if len(pool) > 1 else pool[0], slots=slots, out_slots=to, fresh=fresh)
-
-    def alone(row: int, state: Any) -> Any:
-        return mix(**{n: a[row : row + 1] for n, a in x.items()}, initial_state=state)
-
-    given = tuple(b[3:4] for b in before)
-    ran = {1: (0, alone(0, given if len(given) > 1 else given[0])), 0: (2, alone(2, None))}
-    for slot, (row, result) in ran.items():
-        torch.testing.assert_close(y[row : row + 1], result.y)
-        for part, expected in zip(pool, states(result.state), strict=True):
-            torch.testing.assert_close(part[slot : slot + 1], expected)
-    assert not y[1].any()
-    for part, old in zip(pool, before, strict=True):
-        torch.testing.assert_close(part[2:], old[2:], rtol=0, atol=0)
-
-
 def test_a_pool_may_be_kept_the_other_way_round() -> None:
     mix, x = mixers.get("delta_rule", backend="cuda"), inputs("delta_rule", 2, 1)
     pool = torch.randn(3, 2, 8, 8, device=DEVICE)
@@ -147,29 +96,6 @@ def test_a_pool_may_be_kept_the_other_way_round() -> None:
     ys = [mix.decode(**x, pool=p, slots=slots) for p in (pool, turned.transpose(2, 3))]
     torch.testing.assert_close(*ys, rtol=0, atol=0)
     torch.testing.assert_close(pool, turned.transpose(2, 3), rtol=0, atol=0)
-
-
-@each_mixer
-def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What the library allocates is full of NaN first; none is left in outputs and gradients."""
-    mix = mixers.get(name, backend="cuda")
-    x = {n: a.requires_grad_() for n, a in inputs(name, 1, 5, width=6).items()}
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
-        def allocate(*args: Any, **rest: Any) -> Any:
-            made = make(*args, **rest)
-            return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-123456789)
-
-        return allocate
-
-    monkeypatch.setattr(torch, "empty", poisoned(empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
-    y, state = mix(**x)
-    gradients = torch.autograd.grad(y.float().sum(), list(x.values()))
-    monkeypatch.undo()
-    for found in (y, *states(state), *gradients):
-        assert (torch.isfinite(found) if found.is_floating_point() else found > -1).all()
 
 
 def test_blocks_of_one_head_share_its_gradients() -> None:
@@ -212,75 +138,11 @@ def programs() -> Iterator[Any]:
     yield from seen.values()
 
 
-def variants() -> int:
-    """How many kernels have been loaded in this process."""
-    return sum(len(program.functions) for program in programs())
-
-
 def losses(mix: Any, x: dict[str, Any]) -> Any:
     """Output and gradients."""
     leaves = {n: a.detach().requires_grad_() for n, a in x.items()}
     y = mix(**leaves, return_state=False).y
     return y, *torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
-
-
-@on_gpu
-@each_mixer
-def test_no_synchronisation_and_no_second_compilation(name: str) -> None:
-    mix = mixers.get(name, backend="cuda")
-    for batch, tokens in ((2, 70), (4, 131), (1, 1)):
-        losses(mix, inputs(name, batch, tokens, width=64, dtype="bfloat16"))
-    compiled = variants()
-    sizes = ((2, 77), (4, 300), (1, 2))
-    prepared = [inputs(name, batch, tokens, width=64, dtype="bfloat16") for batch, tokens in sizes]
-    losses(mix, prepared[-1])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for x in prepared:
-            losses(mix, x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert variants() <= compiled + 3  # one of another layout: few sequences are spread over more lanes
-
-
-@on_gpu
-@each_mixer
-def test_packs_do_not_synchronise(name: str) -> None:
-    mix = mixers.get(name, backend="cuda")
-    pack = mixers.pack([5, 0, 90, 1], device="cuda")
-    x = inputs(name, 1, 96, width=64, dtype="bfloat16")
-    mix(**x, cu_seqlens=pack)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        mix(**x, cu_seqlens=pack)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@on_gpu
-@each_mixer
-def test_graphs_replay_forward_backward_and_step(name: str) -> None:
-    mix = mixers.get(name, backend="cuda")
-    x = inputs(name, 2, 70, width=64, dtype="bfloat16")
-    token = {n: a[:, 0].contiguous() for n, a in x.items()}
-    state = mix(**x).state
-    for run in (lambda: losses(mix, x), lambda: mix.step(**token, state=state)[0]):
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = run()
-        for a in x.values():
-            a.copy_(a.roll(1, 0))
-        for n, a in token.items():
-            a.copy_(x[n][:, 1])
-        graph.replay()
-        wanted = run()
-        for got, expected in zip(*((r if isinstance(r, tuple) else (r,)) for r in (held, wanted)), strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @on_gpu
@@ -294,24 +156,6 @@ def test_registers_hold_the_state(name: str) -> None:
             constants, usage = dict(chosen), function.usage(0)
             tile = 4 * constants.get("rows", 1) * constants.get("columns", 1)
             assert usage.local_bytes < tile and usage.registers <= 255, (program.module, chosen, usage)
-
-
-@on_gpu
-@pytest.mark.parametrize("name", ["delta_rule", "gla"])
-def test_offsets_beyond_32_bits(name: str) -> None:
-    """The last rows of an array of more than 2³¹ elements are what they are alone."""
-    mix, heads, width, tokens = mixers.get(name, backend="cuda"), 16, 64, 2048
-    batch = 2**31 // (heads * width * tokens) + 3
-    few = inputs(name, 3, tokens, width=width, heads=heads, dtype="bfloat16")
-    many = {n: torch.zeros((batch, *a.shape[1:]), dtype=a.dtype, device="cuda") for n, a in few.items() if n in "qkv"}
-    many |= {n: a[:1].expand(batch, *a.shape[1:]) for n, a in few.items() if n not in "qkv"}
-    last = {n: a[-3:] for n, a in many.items()}
-    for n in "qkv":
-        last[n].copy_(few[n])
-    with torch.no_grad():
-        y = mix(**many, return_state=False).y[-3:]
-        alone = mix(**{n: a.contiguous() for n, a in last.items()}, return_state=False).y
-    torch.testing.assert_close(y, alone, rtol=2e-2, atol=2e-2)
 
 
 FIRST_CALL = """

@@ -1,8 +1,8 @@
 """Every mixer × backend × kernel × dtype × array library that can run here, made into tests.
 
 A test that takes ``case`` gets the cases of the laws named in its module's ``LAWS``; one that takes ``subject`` gets
-every kernel with every mixer that it runs, and the reference; ``kernel_subject`` leaves the reference out. None of
-them names a mixer or a kernel: a new one has its tests at once.
+every kernel with every mixer that it runs, and the reference; ``kernel_subject`` leaves the reference out; ``form`` is
+a mixer with options on a backend of GPUs. None of them names a mixer or a kernel: a new one has its tests at once.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from mixers import check
 from mixers.backend import Kernel, installed
 from mixers.cases import Setting, settings
 from mixers.check import Case
+from mixers.mixer import Mixer
 from mixers.spec import MixerSpec
 
 # How many of a kernel's cases are also tried on arrays that it takes from another library, and of which dtypes.
@@ -45,6 +46,46 @@ class Subject:
     def case(self, law: str, setting: Setting, dtype: str) -> Case | None:
         """A case of this kernel, None where it refuses the setting."""
         return check.fitted(Case(law, setting, self.backend, self.kernel, dtype, check.own_library(self.kernel)))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A mixer with options on a backend whose kernels run on a GPU, there or in its simulator."""
+
+    backend: str
+    mixer: str
+    options: tuple[tuple[str, int], ...]
+    device: str
+
+    def get(self, **more: str) -> Mixer:
+        """The mixer."""
+        return mixers.get(self.mixer, backend=self.backend, **dict(self.options), **more)
+
+    def __str__(self) -> str:
+        return "-".join([self.backend, self.mixer, *(str(value) for _, value in self.options)])
+
+
+def forms(config: pytest.Config) -> list[Form]:
+    """Every mixer without a cache, with its default options and in chunks, on every backend of GPUs."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    on_gpus = [b for b in backends(config) if b != "reference" and "cuda" in installed()[b].place.devices]
+    specs = [mixers.get_spec(name) for name in mixers.names()]
+    found = []
+    for backend, spec in itertools.product(on_gpus, specs):
+        for options in ((), (("chunk_size", 4),)):
+            if spec.reserve is None and {name for name, _ in options} <= {o.name for o in spec.options}:
+                found += [Form(backend, spec.name, options, device) for device in _where(backend, spec, options)]
+    return found
+
+
+def _where(backend: str, spec: MixerSpec, options: tuple[tuple[str, int], ...]) -> list[str]:
+    """The device that a backend's kernels of a mixer run on here; none where there are no such kernels."""
+    arrays = tuple((a.name, " ".join(a.layouts[0])) for a in spec.inputs if not a.optional)
+    setting = Setting(spec, options, arrays, 1, 1, 8, 8, (4,))
+    kernels = [k for k in check.kernels(backend, spec.name) if k]
+    runs = (d for d in check.DEVICES for k in kernels if check.supported(setting, k, "float32", "torch", d))
+    return list(itertools.islice(runs, 1))
 
 
 def backends(config: pytest.Config) -> list[str]:
@@ -110,7 +151,7 @@ def share(cases: list[Case], every: int) -> list[Case]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Fill in ``case``, ``subject`` and ``kernel_subject``."""
+    """Fill in ``case``, ``subject``, ``kernel_subject`` and ``form``."""
     config = metafunc.config
     if "case" in metafunc.fixturenames:
         _parametrize(metafunc, "case", cases(config, metafunc.module.LAWS))
@@ -118,6 +159,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         _parametrize(metafunc, "subject", subjects(config))
     if "kernel_subject" in metafunc.fixturenames:
         _parametrize(metafunc, "kernel_subject", [s for s in subjects(config) if s.kernel])
+    if "form" in metafunc.fixturenames:
+        on_gpu = {"cuda": [pytest.mark.gpu]}
+        found = [pytest.param(form, id=str(form), marks=on_gpu.get(form.device, [])) for form in forms(config)]
+        metafunc.parametrize("form", found)
 
 
 def _parametrize(metafunc: pytest.Metafunc, name: str, values: Sequence[Case | Subject]) -> None:
