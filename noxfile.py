@@ -23,7 +23,7 @@ PINS = ("-c", "constraints.txt")
 # interpreter and those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of
 # the laws, another part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
-SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "15000")
+SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "5000")
 SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "--most", "500")
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 TESTS = {
