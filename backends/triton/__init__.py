@@ -23,6 +23,7 @@ class TritonBackend:
     preference = 20
     recomputes = True
     place = Place(("torch",), ("cuda",))
+    libraries = ("torch", "triton")
 
     def status(self) -> Support:
         """Whether Triton and torch can be imported and there is a GPU, or its interpreter stands in for one."""

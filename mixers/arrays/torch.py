@@ -290,7 +290,7 @@ def _chosen(mixer: Mixer, flags: Flags, x: Arrays, sizes: Sizes) -> tuple[Proble
     if x["offsets"] is not None and x["offsets"].device.type == "cpu":
         check_offsets(x["offsets"].numpy(), sizes.T)
     problem = Call(mixer.spec, mixer.options, library, x, sizes, flags).problem()
-    return problem, mixer.plan(problem)
+    return problem, mixer.plan(problem, again=torch._C._current_graph_task_id() != -1)
 
 
 def _takes_tensors(plan: Plan) -> bool:
