@@ -8,14 +8,14 @@ measured. A shipped profile is for a family of devices; the newest kernels may b
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixers.autotune import agree
 from mixers.autotune.device import device_of_kind, stamp_of
 from mixers.autotune.key import key_of
-from mixers.autotune.profile import Entry, Profile, load, save, user_path
+from mixers.autotune.profile import Entry, Profile, load, user_path
 from mixers.backend import installed
 from mixers.problem import Problem
 
@@ -30,15 +30,18 @@ class Fact:
         entry: what was measured.
         source: where that is written.
         doubt: why it does not count; empty where it does.
+        far: whether that is for the number of heads alone.
     """
 
     entry: Entry
     source: str
     doubt: str = ""
+    far: bool = False
 
 
 # Profiles that callers named, the innermost last; and how often what is known has changed.
 _using: list[Profile] = []
+_measured = Profile()
 _generation = 0
 
 
@@ -77,9 +80,14 @@ def using(profile: Profile | Path | str) -> Iterator[Profile]:
 
 
 @functools.lru_cache(maxsize=8)
-def _user(path: Path, alone: bool) -> Profile:
+def _stored(path: Path, alone: bool) -> Profile:
     """The user's profile as it was when it was first asked for; another process's news wait for the next start."""
     return load(path) if alone else agree.shared(load(path))
+
+
+def user() -> Profile:
+    """The user's profile, rank 0's where there are several, with what this process has measured."""
+    return _stored(user_path(), agree.group() is None).merged(_measured.entries.values())
 
 
 @functools.cache
@@ -95,14 +103,17 @@ def _shipped(family: str) -> Profile:
 
 def forget() -> None:
     """Read the user's profile again when it is next asked for."""
-    _user.cache_clear()
+    global _measured
+    _measured = Profile()
+    _stored.cache_clear()
     _changed()
 
 
-def learn(entries: list[Entry]) -> None:
-    """Remember what was measured, in the user's profile."""
-    save(user_path(), entries)
-    forget()
+def learn(entries: Iterable[Entry]) -> None:
+    """Believe entries, for as long as this process lives."""
+    global _measured
+    _measured = _measured.merged(entries)
+    _changed()
 
 
 # What was measured serves as many heads, in powers of two, more or fewer.
@@ -112,12 +123,10 @@ REACH = 2
 def facts(problem: Problem, part: str) -> Iterator[Fact]:
     """Everything that is known about a pass of a problem, the most believed first."""
     device, key, heads = device_of_kind(problem.device), key_of(problem, part), problem.parallel
-    path = user_path()
-    user = _user(path, agree.group() is None)
     for profile in reversed(_using):
         for entry in profile.about(key, device.id, heads) + profile.about(key, device.family, heads):
             yield _fact(entry, "the profile in use", heads, _doubt(entry) if entry.device == device.id else "")
-    for entry in user.about(key, device.id, heads):
+    for entry in user().about(key, device.id, heads):
         yield _fact(entry, f"the user's profile, {entry.date[:10]}", heads, _doubt(entry))
     for entry in _shipped(device.family).about(key, device.family, heads):
         yield _fact(entry, f"the shipped profile of {device.family}, {entry.date[:10]}", heads)
@@ -125,10 +134,12 @@ def facts(problem: Problem, part: str) -> Iterator[Fact]:
 
 def _fact(entry: Entry, source: str, heads: int, doubt: str = "") -> Fact:
     apart = abs(entry.heads.bit_length() - heads.bit_length())
-    if apart and not doubt:
-        source = f"{source}, for {entry.heads} sequences × heads"
-        doubt = f"measured for {entry.heads} sequences × heads, and these are {heads}" if apart > REACH else ""
-    return Fact(entry, source, doubt)
+    if doubt or not apart:
+        return Fact(entry, source, doubt)
+    source = f"{source}, for {entry.heads} sequences × heads"
+    if apart <= REACH:
+        return Fact(entry, source)
+    return Fact(entry, source, f"measured for {entry.heads} sequences × heads, and these are {heads}", far=True)
 
 
 def _doubt(entry: Entry) -> str:

@@ -189,8 +189,7 @@ def user_path() -> Path:
     return Path(given) if given else Path(platformdirs.user_data_dir("sequence-mixers")) / "profile.toml"
 
 
-# Entries that could not be written, by path; and what was warned of already.
-_unsaved: dict[Path, Profile] = {}
+# What was warned of already.
 _warned: set[tuple[Path, str]] = set()
 
 
@@ -202,17 +201,15 @@ def _warn(path: Path, kind: str, message: str) -> None:
 
 def load(path: Path) -> Profile:
     """The profile in a file, empty where there is none; a bad file is set aside."""
-    held = _unsaved.get(path, Profile())
     try:
-        return Profile.parse(path.read_text(encoding="utf-8")).merged(held.entries.values())
+        return Profile.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return held
+        pass
     except OSError as error:
         _warn(path, "read", f"profile {path} cannot be read ({error.strerror}); going on without it")
-        return held
     except ValueError as error:
         _set_aside(path, str(error))
-        return held
+    return Profile()
 
 
 def _set_aside(path: Path, reason: str) -> None:
@@ -234,13 +231,11 @@ def _lock(path: Path) -> Any:
 
 
 def save(path: Path, entries: Iterable[Entry]) -> bool:
-    """Merge entries into a file; False where it cannot be written, and they live in this process alone."""
-    entries = tuple(entries)
+    """Merge entries into a file; False, after one warning, where it cannot be written."""
     try:
         with _lock(path):
             _replace(path, _current(path).merged(entries).text())
     except OSError as error:  # filelock's Timeout is one of them
-        _unsaved[path] = _unsaved.get(path, Profile()).merged(entries)
         reason = error.strerror or type(error).__name__
         _warn(path, "write", f"profile {path} cannot be written ({reason}); what was measured is known to this process")
         return False
