@@ -6,7 +6,7 @@ from mixers.autotune.cost import predict
 from mixers.autotune.device import device_of_kind
 from mixers.autotune.key import FORWARD
 from mixers.autotune.policy import Candidate, Choice
-from mixers.autotune.profile import Trial
+from mixers.autotune.profile import Trial, config_text
 from mixers.backend import Config
 from mixers.problem import Problem
 
@@ -36,7 +36,7 @@ class Row:
     reason: str
 
     def __str__(self) -> str:
-        config = " ".join(f"{name}={value}" for name, value in self.config.items())
+        config = config_text(self.config)
         numbers = [
             *([f"{_time(self.seconds)} (predicted {_time(self.predicted)})"] if self.seconds else []),
             *([f"predicted {_time(self.predicted)}"] if self.predicted and not self.seconds else []),
@@ -89,7 +89,7 @@ class Explanation:
                     candidate.name,
                     config,
                     mine,
-                    predicted if candidate.support else 0.0,
+                    trial.predicted if trial and trial.predicted else predicted if candidate.support else 0.0,
                     trial.seconds if trial else 0.0,
                     trial.error if trial else 0.0,
                     _why(choice) if mine and choice else candidate.support.reason or _not(trial),
@@ -127,7 +127,7 @@ def _why(choice: Choice) -> str:
         return f"chosen: {choice.source or 'the first that can'}"
     entry = choice.fact.entry
     default = f", {entry.default_seconds / entry.seconds:.2f} times as fast as the default" if entry.default_seconds else ""
-    return f"chosen: the fastest of {entry.candidates}{default}, by {choice.source}"
+    return f"chosen: the fastest of {entry.candidates} at {entry.shape}{default}, by {choice.source}"
 
 
 def _not(trial: Trial | None) -> str:

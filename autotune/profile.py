@@ -47,6 +47,22 @@ class Trial:
     error: float = 0.0
     reason: str = ""
 
+    def text(self) -> str:
+        """As one line of TOML."""
+        numbers = (f"predicted {self.predicted:.3g}", f"took {self.seconds:.4g}", f"error {self.error:.3g}")
+        return " | ".join((self.name, config_text(self.config), *numbers, self.reason))
+
+    @classmethod
+    def of(cls, line: str) -> "Trial":
+        """From TOML.
+
+        Raises:
+            ValueError: it is no trial.
+        """
+        name, config, predicted, seconds, error, reason = line.split(" | ", 5)
+        numbers = (float(part.split()[1]) for part in (predicted, seconds, error))
+        return cls(name, config_of(config), *numbers, reason)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -61,6 +77,7 @@ class Entry:
         kernel: ``backend/kernel``.
         config: its configuration.
         candidates: how many it was chosen from.
+        shape: that it was measured at.
         seconds: its time.
         runner_up: the next best.
         runner_up_seconds: its time, 0 where there was none.
@@ -81,6 +98,7 @@ class Entry:
     kernel: str
     config: Mapping[str, int]
     candidates: int
+    shape: str
     seconds: float
     runner_up: str
     runner_up_seconds: float
@@ -98,11 +116,12 @@ class Entry:
         return " | ".join((self.key, f"heads={self.heads}", self.backend, self.device, self.stamp))
 
     def table(self) -> dict[str, Any]:
-        """As TOML holds it."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        found |= {name: dict(found[name]) for name in ("config", "versions")}
-        found["trials"] = [dataclasses.asdict(t) for t in self.trials]
-        return {name: value for name, value in found.items() if value not in ({}, []) or name == "config"}
+        """As TOML holds it: one table, without tables in it."""
+        found = {f.name: _rounded(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        found["config"] = config_text(self.config)
+        found["versions"] = [f"{name} {version}" for name, version in self.versions.items()]
+        found["trials"] = [t.text() for t in self.trials]
+        return {name: value for name, value in found.items() if name not in _EMPTY or value != _EMPTY[name]}
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> "Entry":
@@ -111,17 +130,43 @@ class Entry:
         Raises:
             ValueError: a field is missing, unknown or of the wrong kind.
         """
-        given = dict(table)
+        given = _EMPTY | table
         try:
-            given["trials"] = tuple(Trial(**t) for t in given.get("trials", ()))
+            given["config"] = config_of(given["config"])
+            given["versions"] = dict(line.split(" ", 1) for line in given["versions"])
+            given["trials"] = tuple(Trial.of(line) for line in given["trials"])
             entry = cls(**given)
-        except TypeError as error:
+        except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(str(error)) from None
         for f in dataclasses.fields(cls):
             value, kinds = getattr(entry, f.name), _KINDS.get(f.type, ())
             if kinds and not isinstance(value, kinds):
                 raise ValueError(f"{f.name} is {value!r}")
         return entry
+
+
+# What is left out where there is nothing to tell.
+_EMPTY: dict[str, Any] = {"runner_up": "", "runner_up_seconds": 0.0, "default": "", "default_seconds": 0.0, "error": 0.0}
+_EMPTY |= {"drift": 0.0, "versions": [], "trials": []}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def config_text(config: Mapping[str, int]) -> str:
+    """A configuration in words, as ``block_t=32 num_warps=4``."""
+    return " ".join(f"{name}={value}" for name, value in config.items())
+
+
+def config_of(text: str) -> dict[str, int]:
+    """The configuration of ``config_text``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    pairs = (word.partition("=") for word in text.split())
+    return {name: int(value) for name, _, value in pairs}
 
 
 _KINDS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (float, int)}

@@ -25,7 +25,7 @@ from mixers.autotune.device import device_of_kind, stamp_of
 from mixers.autotune.journal import Decision, log
 from mixers.autotune.key import BACKWARD, FORWARD, key_of, to_json
 from mixers.autotune.policy import Asked, Candidate, candidates, choose, fits, whatever_the_batch
-from mixers.autotune.profile import Entry, Profile, Trial, save, user_path
+from mixers.autotune.profile import Entry, Profile, Trial, config_text, save, user_path
 from mixers.autotune.workshop import Lost, Workshop
 from mixers.backend import installed
 from mixers.problem import Flags, Problem
@@ -222,7 +222,7 @@ class Contest:
         self, winner: Runner, ranked: list[Runner], default: Runner, total: int, trials: tuple[Trial, ...]
     ) -> Entry:
         second = next((r for r in ranked if r is not winner), None)
-        stamp = stamp_of(installed()[winner.name.partition("/")[0]])
+        stamp, sizes = stamp_of(installed()[winner.name.partition("/")[0]]), self.problem.sizes
         return Entry(
             key=key_of(self.problem, self.part),
             heads=self.problem.parallel,
@@ -232,6 +232,7 @@ class Contest:
             kernel=winner.name,
             config=dict(winner.config),
             candidates=total,
+            shape=f"B={sizes.B} T={sizes.T} H={sizes.H} K={sizes.K} V={sizes.V}",
             seconds=winner.seconds,
             runner_up=_named(second),
             runner_up_seconds=second.seconds if second else 0.0,
@@ -262,7 +263,7 @@ def _clearly(winner: Runner, default: Runner) -> bool:
 def _named(runner: Runner | None) -> str:
     if runner is None:
         return ""
-    return " ".join([runner.name, *(f"{name}={value}" for name, value in runner.config.items())])
+    return f"{runner.name} {config_text(runner.config)}".strip()
 
 
 def tune_problem(

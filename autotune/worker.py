@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Any, TextIO
 
 import numpy as np
@@ -120,7 +121,9 @@ class Bench:
         if self.part == BACKWARD and self.forward is not None:
             forward = self.kernel(self.forward[0]), self.forward[1]
         assert forward is not None
-        backward = mine if self.problem.flags.grad else None
+        # A forward that was chosen serves training too: its gradients count wherever it has some.
+        training = replace(self.problem, flags=replace(self.problem.flags, grad=True))
+        backward = mine if mine[0].supports(training) else None
         verdict = against_reference(self.problem, forward, backward)
         if verdict and (name, dict(config)) != (default[0], dict(default[1])):
             if self._default is None:

@@ -394,10 +394,7 @@ class Mixer:
         Raises:
             ValueError: an explicit backend cannot serve; the message lists its reasons.
         """
-        now = knowledge.generation()
-        if self._generation != now:
-            self._plans.clear()
-            self._generation = now
+        self._refresh()
         if again and (kept := self._kept(problem)) is not None:
             return kept
         plan = self._plans.get(problem)
@@ -406,9 +403,17 @@ class Mixer:
                 from mixers.autotune.tuner import tune_new
 
                 tune_new(problem, self.asked)
+                self._refresh()
             plan = self._plans[problem] = self._choose(problem)
             self._latest[problem] = knowledge.generation(), plan
         return plan
+
+    def _refresh(self) -> None:
+        """Forget plans that were made before what is known now."""
+        now = knowledge.generation()
+        if self._generation != now:
+            self._plans.clear()
+            self._generation = now
 
     def _kept(self, problem: Problem) -> Plan | None:
         """The plan of the forward that a backward belongs to: the latest, whether gradients were on or not."""
