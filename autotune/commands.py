@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
 from mixers.autotune import knowledge
 from mixers.autotune.device import device_of_kind
 from mixers.autotune.key import BACKWARD, FORWARD
 from mixers.autotune.profile import Entry, Profile, config_text, save, user_path
 from mixers.autotune.tuner import BUDGET, tune
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
 from mixers.registry import names as known_names
 from mixers.spec import unknown
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mixers.autotune.device import Device
 from mixers.autotune.key import BACKWARD, FORWARD
+
 from mixers.backend import Kernel
 from mixers.problem import Problem
 from mixers.spec import MixerSpec, Options, Sizes

@@ -7,6 +7,7 @@ from mixers.autotune.device import device_of_kind
 from mixers.autotune.key import FORWARD
 from mixers.autotune.policy import Candidate, Choice
 from mixers.autotune.profile import Trial, config_text
+
 from mixers.backend import Config
 from mixers.problem import Problem
 
@@ -126,7 +127,9 @@ def _why(choice: Choice) -> str:
     if choice.fact is None:
         return f"chosen: {choice.source or 'the first that can'}"
     entry = choice.fact.entry
-    default = f", {entry.default_seconds / entry.seconds:.2f} times as fast as the default" if entry.default_seconds else ""
+    default = (
+        f", {entry.default_seconds / entry.seconds:.2f} times as fast as the default" if entry.default_seconds else ""
+    )
     return f"chosen: the fastest of {entry.candidates} at {entry.shape}{default}, by {choice.source}"
 
 

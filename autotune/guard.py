@@ -10,8 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mixers import mixer as mixer_module
 from mixers.autotune.rig import Named
+
+from mixers import mixer as mixer_module
 from mixers.backend import Config, Kernel
 from mixers.cases import Setting, draw, seeds
 from mixers.check import EPSILON, Case, Pinned, Verdict, compare, truth, worse

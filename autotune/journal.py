@@ -4,6 +4,7 @@ import collections
 from dataclasses import dataclass
 
 from mixers.autotune.profile import Trial
+
 from mixers.backend import Config
 
 MOST = 4096

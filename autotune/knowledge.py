@@ -16,6 +16,7 @@ from mixers.autotune import agree
 from mixers.autotune.device import device_of_kind, stamp_of
 from mixers.autotune.key import key_of
 from mixers.autotune.profile import Entry, Profile, load, user_path
+
 from mixers.backend import installed
 from mixers.problem import Problem
 

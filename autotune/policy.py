@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from mixers.autotune.key import BACKWARD, FORWARD
 from mixers.autotune.knowledge import Fact, facts
+
 from mixers.backend import Backend, Config, Kernel, Support, installed
 from mixers.problem import Problem
 from mixers.spec import MixerSpec, unknown

@@ -146,7 +146,13 @@ class Entry:
 
 
 # What is left out where there is nothing to tell.
-_EMPTY: dict[str, Any] = {"runner_up": "", "runner_up_seconds": 0.0, "default": "", "default_seconds": 0.0, "error": 0.0}
+_EMPTY: dict[str, Any] = {
+    "runner_up": "",
+    "runner_up_seconds": 0.0,
+    "default": "",
+    "default_seconds": 0.0,
+    "error": 0.0,
+}
 _EMPTY |= {"drift": 0.0, "versions": [], "trials": []}
 
 

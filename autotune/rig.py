@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mixers.autotune.key import FORWARD
 
 from mixers.arrays.numpy import fill_first_state
-from mixers.autotune.key import FORWARD
 from mixers.backend import Config, Kernel
 from mixers.cases import DRAWS, generator, round_to
 from mixers.problem import Arrays, Problem
@@ -169,7 +169,9 @@ class TorchRig(Rig):
         wide = "float64" if problem.dtype == "float64" else "float32"
 
         def tensor(name: str, array: np.ndarray) -> Any:
-            dtype = (problem.dtype if name in ("q", "k", "v") else wide) if array.dtype.kind == "f" else array.dtype.name
+            dtype = (
+                (problem.dtype if name in ("q", "k", "v") else wide) if array.dtype.kind == "f" else array.dtype.name
+            )
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=getattr(torch, dtype))
 
         self.torch = torch

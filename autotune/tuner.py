@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mixers.autotune import agree, knowledge
+from mixers.autotune.ahead import Ahead
 from mixers.autotune.cost import predict
 from mixers.autotune.device import device_of_kind, stamp_of
 from mixers.autotune.journal import Decision, log
@@ -27,6 +28,7 @@ from mixers.autotune.key import BACKWARD, FORWARD, key_of, to_json
 from mixers.autotune.policy import Asked, Candidate, candidates, choose, fits, whatever_the_batch
 from mixers.autotune.profile import Entry, Profile, Trial, config_text, save, user_path
 from mixers.autotune.workshop import Lost, Workshop
+
 from mixers.backend import installed
 from mixers.problem import Flags, Problem
 from mixers.registry import get_spec
@@ -91,18 +93,28 @@ class Patience:
 class Contest:
     """One pass of one problem."""
 
-    def __init__(self, shop: Workshop, problem: Problem, part: str, asked: Asked, until: float, report: Report) -> None:
-        self.shop, self.problem, self.part, self.asked = shop, problem, part, asked
-        self.until, self.report = until, report
+    def __init__(
+        self,
+        shop: Workshop,
+        ahead: Ahead,
+        problem: Problem,
+        part: str,
+        asked: Asked,
+        forward: Candidate,
+        report: Report,
+    ) -> None:
+        self.shop, self.ahead, self.problem, self.part, self.asked = shop, ahead, problem, part, asked
+        self.forward, self.report = forward, report
+        self.until = float("inf")
         self.patience = Patience()
         self.out: list[Runner] = []
 
-    def line_up(self, forward: Candidate | None) -> tuple[list[Runner], list[Trial]]:
+    def line_up(self) -> tuple[list[Runner], list[Trial]]:
         """Who runs, the default first and the riskiest last; and who was refused."""
-        device = device_of_kind(self.problem.device)
+        device, forward = device_of_kind(self.problem.device), self.forward
         found, refused = [], []
         for c in candidates(self.problem, self.asked):
-            if c.support and self.part == BACKWARD and forward is not None and not fits(self.problem, c, forward):
+            if c.support and self.part == BACKWARD and not fits(self.problem, c, forward):
                 c = replace(c, support=c.support.no("takes other arrays than the forward leaves"))
             if not c.support:
                 refused.append(Trial(c.name, {}, 0.0, reason=c.support.reason))
@@ -111,7 +123,7 @@ class Contest:
                 for rank, config in enumerate(_unlike(configs)):
                     cost = predict(self.problem, c.kernel, rank, self.part, device)
                     found.append((rank > 0, cost, Runner(c.name, config, cost)))
-        if forward is not None and self.part == BACKWARD:
+        if self.part == BACKWARD:
             found.sort(key=lambda f: (f[2].name, dict(f[2].config)) != (forward.name, dict(forward.config or {})))
         for _, _, runner in found[:1]:
             runner.default = True
@@ -142,6 +154,7 @@ class Contest:
                 runner.reason = "not tried: the time for tuning was over"
                 self.out.append(runner)
                 continue
+            self.ahead.wait(self.problem, self.part, runner.name, runner.config)
             found = self.ask("try", runner, self.patience.first)
             if found is not None:
                 runner.seconds = found["seconds"]
@@ -200,13 +213,12 @@ class Contest:
             runner.seconds = statistics.median(runner.turns)
         return sorted(left, key=lambda r: r.seconds)
 
-    def run(self, forward: Candidate | None) -> tuple[Entry | None, tuple[Trial, ...]]:
+    def run(self) -> tuple[Entry | None, tuple[Trial, ...]]:
         """The winner, and what became of everybody."""
-        runners, refused = self.line_up(forward)
-        total = len(runners)
-        self.shop.open(
-            to_json(self.problem), self.part, (forward.name, dict(forward.config or {})) if forward else None
-        )
+        runners, refused = self.line_up()
+        total, forward = len(runners), (self.forward.name, dict(self.forward.config or {}))
+        self.ahead.start(self.problem, self.part, [(r.name, r.config) for r in runners])
+        self.shop.open(to_json(self.problem), self.part, forward if self.part == BACKWARD else None)
         alive = self.halve(self.attempt(runners))
         default = next((r for r in alive if r.default), None)
         ranked = self.final(self.guard(alive, default))
@@ -273,42 +285,78 @@ def tune_problem(
     budget: float = BUDGET,
     report: Report = _silent,
 ) -> list[Entry]:
-    """Measure a problem's passes, remember and return what was found.
+    """Measure a problem's passes, remember and return what was found; see ``tune_problems``."""
+    return tune_problems([problem], asked, parts, budget, report)
+
+
+def tune_problems(
+    problems: Iterable[Problem],
+    asked: Asked | None = None,
+    parts: Iterable[str] = (),
+    budget: float = BUDGET,
+    report: Report = _silent,
+    done: Callable[[list[Entry]], bool] = lambda entries: True,
+) -> list[Entry]:
+    """Measure the passes of problems of one device, remember and return what was found.
 
     Args:
-        problem: the call.
+        problems: the calls.
         asked: a backend or kernel to keep to.
-        parts: ``forward`` and ``backward``; what the problem has by default.
-        budget: seconds for all passes together, about.
+        parts: ``forward`` and ``backward``; what a problem has by default.
+        budget: seconds for all passes of a problem together, about.
         report: told how far it is.
+        done: given what was found of each problem; returns whether to go on.
 
     Raises:
-        ValueError: no kernel runs the problem, or the worker's process knows no such mixer.
+        ValueError: no kernel runs a problem, or the worker's process knows no such mixer.
         RuntimeError: ``MIXERS_TUNE=off`` forbids it.
     """
     if not allowed():
         raise RuntimeError("MIXERS_TUNE=off: nothing is measured")
-    asked, problem = asked or Asked(), whatever_the_batch(problem)
-    parts = tuple(parts) or ((FORWARD, BACKWARD) if problem.flags.grad else (FORWARD,))
-    forward, entries, start = choose(problem, asked).candidate, list[Entry](), time.monotonic()
+    asked, todo = asked or Asked(), [whatever_the_batch(problem) for problem in problems]
+    entries = list[Entry]()
+    with Workshop() as shop, Ahead(device_of_kind(todo[0].device)) as ahead:
+        contests = [_contests(shop, ahead, problem, asked, tuple(parts), report) for problem in todo]
+        for rounds in contests:
+            found = _run(rounds, budget)
+            entries += found
+            save(user_path(), found)
+            if not done(found):
+                break
+    knowledge.learn(entries)
+    return entries
+
+
+def _contests(
+    shop: Workshop, ahead: Ahead, problem: Problem, asked: Asked, parts: tuple[str, ...], report: Report
+) -> list[Contest]:
+    """The passes of a problem; what they will run is being compiled from now on."""
+    forward = choose(problem, asked).candidate
     if forward.kernel is None:
         raise ValueError(f"no kernel runs {problem}; the reference has nothing to tune")
-    with Workshop() as shop:
-        for number, part in enumerate(parts):
-            until = start + budget * (number + 1) / len(parts) - 2
-            contest = Contest(shop, problem, part, asked, until, report)
-            entry, trials = contest.run(forward if part == BACKWARD else None)
-            chosen, config = (entry.kernel, entry.config) if entry else ("", {})
-            log.append(Decision(str(problem), part, chosen, config, "measured now", True, trials))
-            if entry is None:
-                reasons = "; ".join(f"{t.name}: {t.reason}" for t in trials if t.reason)
-                logger.warning("no candidate for the %s of %s is right: %s", part, problem, reasons)
-                continue
-            entries.append(entry)
-            if part == FORWARD:
-                forward = _candidate(problem, asked, entry)
-    save(user_path(), entries)
-    knowledge.learn(entries)
+    found = []
+    for part in parts or ((FORWARD, BACKWARD) if problem.flags.grad else (FORWARD,)):
+        contest = Contest(shop, ahead, problem, part, asked, forward, report)
+        ahead.start(problem, part, [(r.name, r.config) for r in contest.line_up()[0]])
+        found.append(contest)
+    return found
+
+
+def _run(contests: list[Contest], budget: float) -> list[Entry]:
+    """One pass after the other; a backward follows the forward that has won."""
+    start, forward, entries = time.monotonic(), contests[0].forward, list[Entry]()
+    for number, contest in enumerate(contests):
+        contest.forward, contest.until = forward, start + budget * (number + 1) / len(contests) - 2
+        entry, trials = contest.run()
+        chosen, config = (entry.kernel, entry.config) if entry else ("", {})
+        log.append(Decision(str(contest.problem), contest.part, chosen, config, "measured now", True, trials))
+        if entry is None:
+            reasons = "; ".join(f"{t.name}: {t.reason}" for t in trials if t.reason)
+            logger.warning("no candidate for the %s of %s is right: %s", contest.part, contest.problem, reasons)
+            continue
+        entries.append(entry)
+        if contest.part == FORWARD:
+            forward = _candidate(contest.problem, contest.asked, entry)
     return entries
 
 
@@ -410,6 +458,4 @@ def problem_of(
     )
     sizes = Sizes(B=b, T=t, G=h, H=h, K=k, V=v, N=b, C=options.get("chunk_size", 1))
     flags = Flags(grad=grad, recompute=grad and device != "cpu")
-    return Problem.of(
-        spec, dict(options), sizes, flags, layouts=layouts, dtype=dtype, library=library, device=device
-    )
+    return Problem.of(spec, dict(options), sizes, flags, layouts=layouts, dtype=dtype, library=library, device=device)

@@ -19,10 +19,10 @@ from dataclasses import replace
 from typing import Any, TextIO
 
 import numpy as np
-
 from mixers.autotune.guard import against_default, against_reference
 from mixers.autotune.key import BACKWARD, FORWARD, from_json
 from mixers.autotune.rig import Named, Rig, rig_of
+
 from mixers.backend import Config, Kernel, installed
 from mixers.problem import Problem
 

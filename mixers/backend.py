@@ -147,6 +147,7 @@ class Backend(Protocol):
         place: where its kernels run; asked before they are loaded. ``auto`` never looks at a backend out of its place,
             a caller who names it may: a simulator runs elsewhere.
         libraries: optional, distributions whose versions decide about speed; its own name by default.
+        compile_only: optional, ``compile_only(capability)`` makes a process without a GPU compile what it launches.
     """
 
     name: str

@@ -38,6 +38,10 @@ class TritonBackend:
         """All kernels, in order of preference; imports Triton."""
         return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
 
+    def compile_only(self, capability: int) -> None:
+        """From now on compile what is launched, for a GPU that this process cannot see, and run nothing."""
+        import_module(".ahead", __package__).compile_only(capability)
+
 
 def _driver() -> bool:
     """Whether the library of a GPU's driver can be loaded; asks no device, and imports nothing heavy."""

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from mixers.autotune import journal, knowledge
+
 from mixers.backend import installed
 
 

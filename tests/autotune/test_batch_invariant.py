@@ -43,7 +43,9 @@ def test_bits_alone_in_a_batch_and_packed(name: str, kernel: str, options: dict[
         return {n: np.ascontiguousarray(cut(a)) if n in timed or n == "y" else a for n, a in arrays.items()}
 
     batch = gradients(mix, x, dy)
-    many = gradients(mix, {n: np.concatenate([a] * 5) if n in timed else a for n, a in x.items()}, np.concatenate([dy] * 5))
+    many = gradients(
+        mix, {n: np.concatenate([a] * 5) if n in timed else a for n, a in x.items()}, np.concatenate([dy] * 5)
+    )
     row = {n: a.reshape(1, -1, *a.shape[2:]) if n in timed else a for n, a in x.items()}
     pack = gradients(mix, row, dy.reshape(1, -1, *dy.shape[2:]), cu_seqlens=mixers.pack(LENGTHS))
     alone = gradients(mix, part(x, lambda a: a[1:2]), dy[1:2])

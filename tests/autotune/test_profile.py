@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
 from mixers.autotune import knowledge
 from mixers.autotune.profile import Entry, Profile, Trial, load, save, user_path
+from typer.testing import CliRunner
+
 from mixers.cli import app
 
 ENTRY = Entry(

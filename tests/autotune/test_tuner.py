@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-import mixers
-from mixers import autotune
 from mixers.autotune import knowledge, tuner
 from mixers.autotune.device import device_of_kind, stamp_of
 from mixers.autotune.key import key_of
 from mixers.autotune.policy import Asked
 from mixers.autotune.profile import Entry, Profile, save
+
+import mixers
+from mixers import autotune
 from mixers.backend import installed
 from mixers.problem import Problem
 
