@@ -1,7 +1,8 @@
 """A problem in words: what a choice is remembered under, and what is sent to another process.
 
-The key has no length and no batch. Batch × heads, in buckets of powers of two, is remembered beside it: what was measured
-serves buckets up to 4 times smaller or larger, and a new length or batch is no new problem. Host arrays of NumPy and torch share their kernels, and so their keys.
+The key has no length and no batch. Batch × heads, in buckets of powers of two, is remembered beside it: what was
+measured serves buckets up to 4 times smaller or larger, and a new length or batch is no new problem. Host arrays of
+NumPy and torch share their kernels, and so their keys.
 """
 
 import dataclasses

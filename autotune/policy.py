@@ -197,7 +197,7 @@ def choose(problem: Problem, asked: Asked) -> Choice:
 
 
 def choose_backward(problem: Problem, asked: Asked, forward: Candidate) -> Choice:
-    """The candidate that runs the backward of a forward by ``forward``: the same kernel, unless another was measured."""
+    """The candidate that runs the backward of ``forward``: the same kernel, unless another was measured."""
     problem = whatever_the_batch(problem)
     able = [c for c in candidates(problem, asked) if c.support and c.kernel is not None and fits(problem, c, forward)]
     same = [c for c in able if c.name == forward.name]

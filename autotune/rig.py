@@ -100,6 +100,7 @@ class Rig(ABC):
 
     def wait(self) -> None:
         """Until everything that was asked for is done."""
+        return
 
 
 class HostRig(Rig):

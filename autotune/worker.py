@@ -2,7 +2,7 @@
 
     python -m mixers.autotune.worker      one JSON object a line in, one a line out
 
-    {"do": "open", "problem": …, "part": …, "forward": [name, config]}     make the arrays; how a backward's forward runs
+    {"do": "open", "problem": …, "part": …, "forward": [name, config]}     make the arrays; what ran before a backward
     {"do": "try", "name": …, "config": …}       run once, then look for what is not written, not finite, or leaks
     {"do": "time", …, "seconds": s}             seconds of a call
     {"do": "guard", …, "default": [name, config]}    compare with the reference and with the default kernel

@@ -34,7 +34,7 @@ class Workshop:
         self.opening: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
 
     def __enter__(self) -> "Workshop":
         return self

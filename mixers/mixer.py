@@ -348,7 +348,7 @@ class Mixer:
         )
 
     def explain(self, q: Array, k: Array, v: Array, *, grad: bool = False, **rest: Any) -> Explanation:
-        """Every candidate for a call, chosen or refused, with its reason, times and error, and where that is known from.
+        """Every candidate for a call, chosen or refused, with reason, times, error, and where that is known from.
 
         Takes what a call takes, and ``grad=True`` for its backward too; runs nothing.
         """

@@ -1,4 +1,4 @@
-"""``batch_invariant=True``: a sequence has the same bits alone, in a batch, in a pack, and whatever its neighbours are."""
+"""``batch_invariant=True``: a sequence has the same bits alone, in a batch and in a pack."""
 
 from typing import Any
 

@@ -190,7 +190,7 @@ def test_an_explicit_configuration_is_kept_or_refused() -> None:
     assert "asked for by name" in str(mix.explain(**x))
     assert pickle.loads(pickle.dumps(mix)) == mix
     np.testing.assert_allclose(mix(**x).y, mixers.get("linear_attention")(**x).y, atol=1e-5)
-    with pytest.raises(ValueError, match="did you mean 'delta.recurrent'"):
+    with pytest.raises(ValueError, match=r"did you mean 'delta\.recurrent'"):
         mixers.get("linear_attention", kernel="delta.recurent")
     with pytest.raises(ValueError, match="belongs to a kernel"):
         mixers.get("linear_attention", config={"block": 16})
