@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -496,6 +496,7 @@ def get(
     config: Config | None = None,
     batch_invariant: bool = False,
     tune: bool = False,
+    drift: float | None = None,
     **options: Any,
 ) -> Mixer:
     """A mixer, ready to call.
@@ -511,23 +512,24 @@ def get(
         batch_invariant: one kernel, configuration and order of sums whatever the batch, the length or the packing, so
             that the bits of a sequence do not depend on what it is computed with.
         tune: measure candidates, in another process, when a call's problem is new to the profile: seconds, once.
+        drift: with ``chunk_size="auto"``, how far outputs may be from the exact recurrence's, relative to their norm:
+            the fastest chunk within it is found on the first call's inputs.
         options: the mixer's options, as ``chunk_size=16``; see ``mixers.get_spec(name)``.
 
     Raises:
         ValueError: the mixer, backend or option is unknown (the nearest name is offered), or a value is not allowed.
     """
     spec = name if isinstance(name, MixerSpec) else get_spec(name)
-    return Mixer(
-        spec,
-        backend,
-        options,
-        state_dtype,
-        allow_tf32,
-        kernel=kernel,
-        config=config,
-        batch_invariant=batch_invariant,
-        tune=tune,
-    )
+    rest: dict[str, Any] = {"kernel": kernel, "config": config, "batch_invariant": batch_invariant, "tune": tune}
+    if options.get("chunk_size") == "auto":
+        from mixers.autotune.drift import AutoChunk
+
+        del options["chunk_size"]
+        plain = {"backend": backend, "state_dtype": state_dtype, "allow_tf32": allow_tf32}
+        return cast("Mixer", AutoChunk(spec, drift, plain | rest | options))
+    if drift is not None:
+        raise ValueError(f'drift={drift!r} goes with chunk_size="auto"')
+    return Mixer(spec, backend, options, state_dtype, allow_tf32, **rest)
 
 
 _from_key: dict[str, Mixer] = {}

@@ -121,7 +121,9 @@ def test_a_new_problem_is_measured_once_whatever_its_length_and_batch(monkeypatc
 
 def entry_of(problem: Problem, kernel: str, part: str = "forward") -> Entry:
     """What a measurement would have left."""
-    stamp = stamp_of(installed()[kernel.partition("/")[0]])
+    backend, _, name = kernel.partition("/")
+    stamp = stamp_of(installed()[backend])
+    config = next(k for k in installed()[backend].kernels() if k.name == name).configs(problem)[0]
     return Entry(
         key=key_of(problem, part),
         heads=problem.parallel,
@@ -129,7 +131,7 @@ def entry_of(problem: Problem, kernel: str, part: str = "forward") -> Entry:
         stamp=stamp.id,
         backend="auto",
         kernel=kernel,
-        config={},
+        config=dict(config),
         candidates=2,
         shape="any",
         seconds=1e-3,
