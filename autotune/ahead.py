@@ -74,7 +74,7 @@ class Ahead:
     def _process(self) -> "subprocess.Popen[str]":
         path = os.pathsep.join([p or os.getcwd() for p in sys.path])
         process = subprocess.Popen(
-            [sys.executable, "-m", "mixers.autotune.ahead", self._capability],
+            [sys.executable, "-P", "-m", "mixers.autotune.ahead", self._capability],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

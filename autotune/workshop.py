@@ -87,7 +87,7 @@ class Workshop:
         self._errors.seek(0)
         self._errors.truncate()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mixers.autotune.worker"],
+            [sys.executable, "-P", "-m", "mixers.autotune.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -32,6 +32,7 @@ from mixers.autotune.policy import (
     whatever_the_batch,
 )
 from mixers.backend import Config, Kernel, Pool, installed
+from mixers.bound import Bound
 from mixers.call import Call, validate
 from mixers.problem import Arrays, Flags, Problem
 from mixers.registry import get_spec
@@ -153,6 +154,7 @@ class Mixer:
         self.recomputes = backend in installed() and installed()[backend].recomputes
         self._plans: dict[Problem, Plan] = {}
         self._plans_in_place: dict[Problem, Plan | None] = {}
+        self._shortcuts: dict[Any, Any] = {}
         self._latest: dict[Problem, tuple[int, Plan]] = {}
         self._generation = knowledge.generation()
         rest = {"kernel": kernel, "config": config, "batch_invariant": self.batch_invariant, "tune": self.tune}
@@ -207,6 +209,10 @@ class Mixer:
             ValueError: an input is missing or misshapen, or an explicit backend cannot serve.
             TypeError: an input is unknown, no array, or of another library, dtype or device.
         """
+        if initial_state is None and cu_seqlens is None:
+            found = library_of(q, "q").again(self, {"q": q, "k": k, "v": v, **gates}, return_state, checkpoint_every)
+            if found is not None:
+                return found
         call = self._call(q, k, v, gates, initial_state, cu_seqlens, return_state, checkpoint_every)
         return self._result(call, call.library.run(self, call))
 
@@ -347,6 +353,21 @@ class Mixer:
             for f in fields
         )
 
+    def bind(self, q: Array, k: Array, v: Array, **gates: Array) -> Bound:
+        """The call for NumPy arrays of these shapes and dtypes, with its kernel: for many small ones in a loop.
+
+        Returns:
+            A function of the same arguments that checks shapes and dtypes, and nothing else, before its kernel runs.
+
+        Raises:
+            TypeError: the arrays are not NumPy's.
+            ValueError: as in a call, or no kernel runs it.
+        """
+        call = self._call(q, k, v, gates, None, None, True, None)
+        if call.library.name != "numpy":
+            raise TypeError(f"bind is for NumPy arrays; a second call on {call.library.name} arrays is quick as it is")
+        return Bound(self, call)
+
     def explain(self, q: Array, k: Array, v: Array, *, grad: bool = False, **rest: Any) -> Explanation:
         """Every candidate for a call, chosen or refused, with reason, times, error, and where that is known from.
 
@@ -380,9 +401,18 @@ class Mixer:
             batch_invariant=self.batch_invariant,
         )
 
-    def validated(self, q: Array, k: Array, v: Array, **gates: Array | None) -> Call:
+    def validated(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_state: bool = True,
+        checkpoint_every: int | None = None,
+        **gates: Array | None,
+    ) -> Call:
         """A plain call on whole sequences, checked."""
-        return self._call(q, k, v, gates, None, None, True, None)
+        return self._call(q, k, v, gates, None, None, return_state, checkpoint_every)
 
     def plan(self, problem: Problem, again: bool = False) -> Plan:
         """The kernel for a problem, chosen once for all that is known.
@@ -413,6 +443,7 @@ class Mixer:
         now = knowledge.generation()
         if self._generation != now:
             self._plans.clear()
+            self._shortcuts.clear()
             self._generation = now
 
     def _kept(self, problem: Problem) -> Plan | None:
@@ -451,6 +482,11 @@ class Mixer:
             _announced.add((self.spec.name, part, chosen.name))
             what = self.spec.name if part == FORWARD else f"the backward of {self.spec.name}"
             log.info("%s runs on %s: %s (mix.explain(...) lists all)", what, chosen.name, source)
+
+    def shortcuts(self) -> dict[Any, Any]:
+        """What a library remembers of calls that it has seen, for as long as nothing new is known."""
+        self._refresh()
+        return self._shortcuts
 
     def _call(
         self,

@@ -129,6 +129,31 @@ class Torch:
         """Define the mixer's operators."""
         define_operators(mixer.spec, mixer.options)
 
+    def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
+        """A call in eager mode: its checks, problem and plan are those of the last one like it."""
+        if torch.compiler.is_compiling() or not _eager():
+            return None
+        looks: list[Any] = [bool(state), checkpoint_every]
+        grad = False
+        for name, tensor in x.items():
+            if tensor is None:
+                continue
+            if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+                return None
+            looks += (name, tensor.shape, tensor.dtype, tensor.device)
+            grad = grad or tensor.requires_grad
+        grad = grad and torch.is_grad_enabled()
+        looks.append(grad)
+        known, key = mixer.shortcuts(), tuple(looks)
+        if key not in known:
+            if len(known) >= 4096:
+                known.clear()
+            made = Shortcut.of(mixer, x, state, checkpoint_every, grad)
+            mixer.shortcuts()[key] = made
+            known = mixer.shortcuts()
+        shortcut: Shortcut | None = known[key]
+        return None if shortcut is None else shortcut(x)
+
     def run(self, mixer: Mixer, call: Call) -> Arrays:
         """The reference in plain torch, or the mixer's operator."""
         if runs_on_reference(mixer, call):
@@ -204,6 +229,138 @@ def fill_first_state(spec: MixerSpec, options: Any, sizes: Sizes, x: Arrays) -> 
     for f, first in zip(fields, spec.first(sizes, options), strict=True):
         tensor = torch.as_tensor(np.array(first), dtype=torch.int32 if f.counter else compute, device=q.device)
         x[f"initial.{f.name}"] = tensor.expand(sizes.N, *tensor.shape)
+
+
+def _eager() -> bool:
+    """Whether nothing looks on: no transformation, no mode, and no backward that computes a forward again."""
+    c = torch._C
+    return (
+        c._functorch.peek_interpreter_stack() is None
+        and c._len_torch_dispatch_stack() == 0
+        and c._len_torch_function_stack() == 0
+        and c._current_graph_task_id() == -1
+    )
+
+
+class Shortcut:
+    """An eager call whose checks are done: the kernel itself, or one node of autograd around it.
+
+    Operators cost as much again as the rest of a small call; they are for what is traced.
+    """
+
+    def __init__(self, mixer: Mixer, problem: Problem, plan: Plan, key: str) -> None:
+        self.mixer, self.problem, self.plan, self.key = mixer, problem, plan, key
+        self.layout = problem.spec.state(problem.option)
+        self.shapes = problem.outputs()
+        self.kept = [n for n in self.shapes if n.startswith("kept.")]
+        self.results = [n for n in self.shapes if not n.startswith("kept.")]
+        counters = {f.name for f in self.layout.fields if f.counter}
+        self.fixed = [i for i, n in enumerate(self.results) if n.partition(".")[2] in counters]
+        self.here = _takes_tensors(plan)
+        working = getattr(torch, problem.compute_dtype)
+        self.working = working
+        self.plain = all(d in ("int32", problem.compute_dtype) for _, d in self.shapes.values())
+        self.blank = [(n, s, np.dtype(d)) for n, (s, d) in self.shapes.items()] if self.plain else []
+        host: Arrays = {"offsets": None}
+        fill_host(problem.spec, problem.option, problem.sizes, host, problem.compute_dtype)
+        self.first = host
+
+    @classmethod
+    def of(cls, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None, grad: bool) -> "Shortcut | None":
+        """For a call; None where the reference runs it.
+
+        Raises:
+            ValueError, TypeError: as in any call.
+        """
+        given = {n: t for n, t in x.items() if t is not None}
+        call = mixer.validated(**given, return_state=state, checkpoint_every=checkpoint_every)
+        if runs_on_reference(mixer, call):
+            return None
+        kept = _RECOMPUTE if mixer.recomputes or x["q"].device.type != "cpu" else _KEEP
+        key = f"{kept if grad else 0}|{int(call.flags.state)}|{call.flags.checkpoint_every}|{mixer.key}"
+        _, flags = _decode_key(key)
+        problem = dataclasses.replace(call, flags=flags).problem()
+        plan = mixer.plan(problem)
+        return None if plan.kernel is None else cls(mixer, problem, plan, key)
+
+    def __call__(self, x: Arrays) -> Result:
+        """Run it."""
+        if self.problem.flags.grad:
+            names = [n for n, t in x.items() if t is not None]
+            found = dict(zip(self.results, _Node.apply(self, names, *[x[n] for n in names]), strict=True))
+        else:
+            found = self.forward(x)
+        state = checkpoints = None
+        fields = self.layout.fields
+        if self.problem.flags.state:
+            state = self.layout.pack(tuple([found["final." + f.name] for f in fields]))
+        if self.problem.flags.checkpoint_every:
+            checkpoints = self.layout.pack(tuple([found["checkpoint." + f.name] for f in fields]))
+        return Result(found["y"], state, checkpoints)
+
+    def forward(self, x: Arrays) -> Arrays:
+        """Outputs, and what is kept."""
+        if self.here:
+            return _forward_here(self.plan, self.problem, x | {"offsets": None})
+        if not self.plain:
+            return _forward_on_host(self.plan, self.problem, x | {"offsets": None})
+        host: Arrays = {}
+        for name, tensor in x.items():
+            if tensor is not None:
+                plain = tensor.detach() if tensor.requires_grad else tensor
+                host[name] = (plain if plain.dtype is self.working else plain.to(self.working)).numpy()
+        host.update(self.first)
+        out = {name: np.empty(shape, dtype) for name, shape, dtype in self.blank}
+        self.plan.forward(self.problem, host, out)
+        return {name: torch.from_numpy(array) for name, array in out.items()}
+
+
+class _Node(torch.autograd.Function):
+    """A shortcut in the graph of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Shortcut, names: list[str], *tensors: Array) -> tuple[Array, ...]:  # type: ignore[override]
+        """The kernel's forward."""
+        out = shortcut.forward(dict(zip(names, tensors, strict=True)))
+        results = tuple([out[n] for n in shortcut.results])
+        ctx.shortcut, ctx.names = shortcut, names
+        ctx.set_materialize_grads(False)
+        if shortcut.fixed:
+            ctx.mark_non_differentiable(*(results[i] for i in shortcut.fixed))
+        y = (results[0],) if shortcut.problem.spec.keeps_output else ()
+        ctx.save_for_backward(*tensors, *(out[n] for n in shortcut.kept), *y)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Array) -> tuple[Array, ...]:  # type: ignore[override]
+        """The kernel's backward; where a graph of it is wanted, as the operator, which refuses to be derived."""
+        shortcut: Shortcut = ctx.shortcut
+        problem, count = shortcut.problem, len(ctx.names)
+        spec, options = problem.spec, problem.option
+        saved = ctx.saved_tensors
+        x = dict(zip(ctx.names, saved[:count], strict=True)) | {"offsets": None}
+        out: Arrays = dict(zip(shortcut.kept, saved[count : count + len(shortcut.kept)], strict=True))
+        out["y"] = saved[-1] if spec.keeps_output else None
+        dout: Arrays = dict(zip(shortcut.results, gradients, strict=True))
+        dout = {n: t for i, (n, t) in enumerate(dout.items()) if i not in shortcut.fixed}
+        if torch.is_grad_enabled():
+            results = [n for n in _result_names(spec, options) if not n.startswith("kept.")]
+            kept = [n for n in _result_names(spec, options) if n.startswith("kept.")]
+            empty = saved[0].new_empty(0, dtype=torch.float32)
+            found = _operators[operator_name(spec, options) + "_backward"](
+                *(x.get(n) for n in _argument_names(spec, options)),
+                *(out.get(n, empty) for n in kept),
+                out["y"],
+                *(dout.get(n) for n in results),
+                shortcut.key,
+            )
+            dx = dict(zip(_gradient_names(spec, options), found, strict=True))
+        else:
+            take = {n: x.get(n) for n in _argument_names(spec, options)}
+            backward = _backward_here if shortcut.here else _backward_on_host
+            dx = backward(shortcut.plan, problem, take, out, dout)
+        needed = ctx.needs_input_grad[2:]
+        return (None, None, *(dx.get(n) if needed[i] else None for i, n in enumerate(ctx.names)))
 
 
 # The operators. Their arguments, in order: inputs, parameters, first state, offsets, key.
