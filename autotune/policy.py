@@ -220,7 +220,7 @@ def _best(problem: Problem, asked: Asked, able: list[Candidate], part: str) -> C
     """What was measured to be best, otherwise the first."""
     if asked.config is not None:
         return Choice(able[0], "asked for by name")
-    by_name, doubted = {c.name: c for c in able if c.kernel is not None}, []
+    by_name, doubted = {c.name: c for c in able if c.kernel is not None}, list[Fact]()
     for fact in facts(problem, part) if by_name else ():
         candidate = by_name.get(fact.entry.kernel)
         if candidate is None or fact.entry.backend not in ("auto", asked.backend):

@@ -60,8 +60,8 @@ class Trial:
             ValueError: it is no trial.
         """
         name, config, predicted, seconds, error, reason = line.split(" | ", 5)
-        numbers = (float(part.split()[1]) for part in (predicted, seconds, error))
-        return cls(name, config_of(config), *numbers, reason)
+        guess, took, wrong = (float(part.split()[1]) for part in (predicted, seconds, error))
+        return cls(name, config_of(config), guess, took, wrong, reason)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Entry:
         Raises:
             ValueError: a field is missing, unknown or of the wrong kind.
         """
-        given = _EMPTY | table
+        given = _EMPTY | dict(table)
         try:
             given["config"] = config_of(given["config"])
             given["versions"] = dict(line.split(" ", 1) for line in given["versions"])

@@ -246,7 +246,7 @@ class TorchRig(Rig):
             run()
             end.record()
         cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+        return float(statistics.median(start.elapsed_time(end) for start, end in events)) / 1e3
 
     def wait(self) -> None:
         """Synchronise."""

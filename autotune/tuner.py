@@ -147,7 +147,7 @@ class Contest:
 
     def attempt(self, runners: list[Runner]) -> list[Runner]:
         """Those that run once without harm."""
-        left = []
+        left = list[Runner]()
         for number, runner in enumerate(runners):
             self.report(f"{self.part}: {runner.name}", number, len(runners))
             if time.monotonic() > self.until and left:

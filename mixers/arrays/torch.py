@@ -287,7 +287,8 @@ class Shortcut:
         """Run it."""
         if self.problem.flags.grad:
             names = [n for n, t in x.items() if t is not None]
-            found = dict(zip(self.results, _Node.apply(self, names, *[x[n] for n in names]), strict=True))
+            results = _Node.apply(self, names, *[x[n] for n in names])  # type: ignore[no-untyped-call]
+            found = dict(zip(self.results, results, strict=True))
         else:
             found = self.forward(x)
         state = checkpoints = None
@@ -319,7 +320,7 @@ class _Node(torch.autograd.Function):
     """A shortcut in the graph of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Shortcut, names: list[str], *tensors: Array) -> tuple[Array, ...]:  # type: ignore[override]
+    def forward(ctx: Any, shortcut: Shortcut, names: list[str], *tensors: Array) -> tuple[Array, ...]:
         """The kernel's forward."""
         out = shortcut.forward(dict(zip(names, tensors, strict=True)))
         results = tuple([out[n] for n in shortcut.results])
@@ -332,7 +333,7 @@ class _Node(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Array) -> tuple[Array, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Array) -> tuple[Array, ...]:
         """The kernel's backward; where a graph of it is wanted, as the operator, which refuses to be derived."""
         shortcut: Shortcut = ctx.shortcut
         problem, count = shortcut.problem, len(ctx.names)
