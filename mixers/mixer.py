@@ -485,7 +485,8 @@ class Mixer:
 
     def shortcuts(self) -> dict[Any, Any]:
         """What a library remembers of calls that it has seen, for as long as nothing new is known."""
-        self._refresh()
+        if self._generation != knowledge.generation():
+            self._refresh()
         return self._shortcuts
 
     def _call(

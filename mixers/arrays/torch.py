@@ -131,28 +131,32 @@ class Torch:
 
     def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
         """A call in eager mode: its checks, problem and plan are those of the last one like it."""
-        if torch.compiler.is_compiling() or not _eager():
-            return None
-        looks: list[Any] = [bool(state), checkpoint_every]
-        grad = False
-        for name, tensor in x.items():
-            if tensor is None:
-                continue
-            if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-                return None
-            looks += (name, tensor.shape, tensor.dtype, tensor.device)
-            grad = grad or tensor.requires_grad
-        grad = grad and torch.is_grad_enabled()
-        looks.append(grad)
-        known, key = mixer.shortcuts(), tuple(looks)
-        if key not in known:
+        if torch.compiler.is_compiling() or _looks_on() is not None or _modes() or _functions() or _in_backward() != -1:
+            return None  # a transformation, a mode, or a backward that computes a forward again
+        tensors = list(x.values())
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN:
+                given = {name: t for name, t in x.items() if t is not None}
+                return self.again(mixer, given, state, checkpoint_every) if len(given) < len(x) else None
+        key = (
+            state,
+            checkpoint_every,
+            torch.is_grad_enabled(),
+            *x,
+            *[t.shape for t in tensors],
+            *[t.dtype for t in tensors],
+            *[t.device for t in tensors],
+            *[t.requires_grad for t in tensors],
+        )
+        known = mixer.shortcuts()
+        shortcut: Shortcut | None = known.get(key, _UNSEEN)
+        if shortcut is _UNSEEN:
+            shortcut = Shortcut.of(mixer, x, state, checkpoint_every)
+            known = mixer.shortcuts()  # measuring makes everything new
             if len(known) >= 4096:
                 known.clear()
-            made = Shortcut.of(mixer, x, state, checkpoint_every, grad)
-            mixer.shortcuts()[key] = made
-            known = mixer.shortcuts()
-        shortcut: Shortcut | None = known[key]
-        return None if shortcut is None else shortcut(x)
+            known[key] = shortcut
+        return None if shortcut is None else shortcut(tensors)
 
     def run(self, mixer: Mixer, call: Call) -> Arrays:
         """The reference in plain torch, or the mixer's operator."""
@@ -231,15 +235,12 @@ def fill_first_state(spec: MixerSpec, options: Any, sizes: Sizes, x: Arrays) -> 
         x[f"initial.{f.name}"] = tensor.expand(sizes.N, *tensor.shape)
 
 
-def _eager() -> bool:
-    """Whether nothing looks on: no transformation, no mode, and no backward that computes a forward again."""
-    c = torch._C
-    return (
-        c._functorch.peek_interpreter_stack() is None
-        and c._len_torch_dispatch_stack() == 0
-        and c._len_torch_function_stack() == 0
-        and c._current_graph_task_id() == -1
-    )
+# Whoever looks on while tensors are computed with.
+_looks_on = torch._C._functorch.peek_interpreter_stack
+_modes, _functions = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_in_backward = torch._C._current_graph_task_id
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_UNSEEN: Any = object()
 
 
 class Shortcut:
@@ -248,69 +249,62 @@ class Shortcut:
     Operators cost as much again as the rest of a small call; they are for what is traced.
     """
 
-    def __init__(self, mixer: Mixer, problem: Problem, plan: Plan, key: str) -> None:
-        self.mixer, self.problem, self.plan, self.key = mixer, problem, plan, key
+    def __init__(self, names: list[str], problem: Problem, plan: Plan, key: str) -> None:
+        self.names, self.problem, self.plan, self.key = names, problem, plan, key
         self.layout = problem.spec.state(problem.option)
-        self.shapes = problem.outputs()
-        self.kept = [n for n in self.shapes if n.startswith("kept.")]
-        self.results = [n for n in self.shapes if not n.startswith("kept.")]
+        shapes = problem.outputs()
+        self.kept = [n for n in shapes if n.startswith("kept.")]
+        self.results = [n for n in shapes if not n.startswith("kept.")]
         counters = {f.name for f in self.layout.fields if f.counter}
         self.fixed = [i for i, n in enumerate(self.results) if n.partition(".")[2] in counters]
+        self.grad = problem.flags.grad
+        self.last = [f"final.{f.name}" for f in self.layout.fields] if problem.flags.state else []
+        self.marks = [f"checkpoint.{f.name}" for f in self.layout.fields] if problem.flags.checkpoint_every else []
         self.here = _takes_tensors(plan)
-        working = getattr(torch, problem.compute_dtype)
-        self.working = working
-        self.plain = all(d in ("int32", problem.compute_dtype) for _, d in self.shapes.values())
-        self.blank = [(n, s, np.dtype(d)) for n, (s, d) in self.shapes.items()] if self.plain else []
-        host: Arrays = {"offsets": None}
-        fill_host(problem.spec, problem.option, problem.sizes, host, problem.compute_dtype)
-        self.first = host
+        self.working = getattr(torch, problem.compute_dtype)
+        # Arrays that are stored as they are computed.
+        self.plain = not self.here and all(d in ("int32", problem.compute_dtype) for _, d in shapes.values())
+        self.blank = [(n, s, np.dtype(d)) for n, (s, d) in shapes.items()] if self.plain else []
+        self.rest: Arrays = {"offsets": None}
+        if self.plain:
+            fill_host(problem.spec, problem.option, problem.sizes, self.rest, problem.compute_dtype)
 
     @classmethod
-    def of(cls, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None, grad: bool) -> "Shortcut | None":
+    def of(cls, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> "Shortcut | None":
         """For a call; None where the reference runs it.
 
         Raises:
             ValueError, TypeError: as in any call.
         """
-        given = {n: t for n, t in x.items() if t is not None}
-        call = mixer.validated(**given, return_state=state, checkpoint_every=checkpoint_every)
+        call = mixer.validated(**x, return_state=state, checkpoint_every=checkpoint_every)
         if runs_on_reference(mixer, call):
             return None
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in x.values())
         kept = _RECOMPUTE if mixer.recomputes or x["q"].device.type != "cpu" else _KEEP
         key = f"{kept if grad else 0}|{int(call.flags.state)}|{call.flags.checkpoint_every}|{mixer.key}"
-        _, flags = _decode_key(key)
-        problem = dataclasses.replace(call, flags=flags).problem()
+        problem = dataclasses.replace(call, flags=_decode_key(key)[1]).problem()
         plan = mixer.plan(problem)
-        return None if plan.kernel is None else cls(mixer, problem, plan, key)
+        return None if plan.kernel is None else cls(list(x), problem, plan, key)
 
-    def __call__(self, x: Arrays) -> Result:
+    def __call__(self, tensors: list[Array]) -> Result:
         """Run it."""
-        if self.problem.flags.grad:
-            names = [n for n, t in x.items() if t is not None]
-            results = _Node.apply(self, names, *[x[n] for n in names])  # type: ignore[no-untyped-call]
-            found = dict(zip(self.results, results, strict=True))
-        else:
-            found = self.forward(x)
-        state = checkpoints = None
-        fields = self.layout.fields
-        if self.problem.flags.state:
-            state = self.layout.pack(tuple([found["final." + f.name] for f in fields]))
-        if self.problem.flags.checkpoint_every:
-            checkpoints = self.layout.pack(tuple([found["checkpoint." + f.name] for f in fields]))
+        found = dict(zip(self.results, _apply(self, *tensors), strict=True)) if self.grad else self.forward(tensors)
+        pack = self.layout.pack
+        state = pack(tuple([found[name] for name in self.last])) if self.last else None
+        checkpoints = pack(tuple([found[name] for name in self.marks])) if self.marks else None
         return Result(found["y"], state, checkpoints)
 
-    def forward(self, x: Arrays) -> Arrays:
+    def forward(self, tensors: Sequence[Array]) -> Arrays:
         """Outputs, and what is kept."""
-        if self.here:
-            return _forward_here(self.plan, self.problem, x | {"offsets": None})
         if not self.plain:
-            return _forward_on_host(self.plan, self.problem, x | {"offsets": None})
-        host: Arrays = {}
-        for name, tensor in x.items():
-            if tensor is not None:
-                plain = tensor.detach() if tensor.requires_grad else tensor
-                host[name] = (plain if plain.dtype is self.working else plain.to(self.working)).numpy()
-        host.update(self.first)
+            x = dict(zip(self.names, tensors, strict=True)) | self.rest
+            return _forward_here(self.plan, self.problem, x) if self.here else _forward_on_host(
+                self.plan, self.problem, x
+            )  # fmt: skip
+        host: Arrays = self.rest.copy()
+        for name, tensor in zip(self.names, tensors, strict=True):
+            plain = tensor.detach() if tensor.requires_grad else tensor
+            host[name] = (plain if plain.dtype is self.working else plain.to(self.working)).numpy()
         out = {name: np.empty(shape, dtype) for name, shape, dtype in self.blank}
         self.plan.forward(self.problem, host, out)
         return {name: torch.from_numpy(array) for name, array in out.items()}
@@ -320,26 +314,27 @@ class _Node(torch.autograd.Function):
     """A shortcut in the graph of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Shortcut, names: list[str], *tensors: Array) -> tuple[Array, ...]:
+    def forward(ctx: Any, shortcut: Shortcut, *tensors: Array) -> tuple[Array, ...]:
         """The kernel's forward."""
-        out = shortcut.forward(dict(zip(names, tensors, strict=True)))
+        out = shortcut.forward(tensors)
         results = tuple([out[n] for n in shortcut.results])
-        ctx.shortcut, ctx.names = shortcut, names
+        ctx.shortcut = shortcut
         ctx.set_materialize_grads(False)
         if shortcut.fixed:
-            ctx.mark_non_differentiable(*(results[i] for i in shortcut.fixed))
+            ctx.mark_non_differentiable(*[results[i] for i in shortcut.fixed])
         y = (results[0],) if shortcut.problem.spec.keeps_output else ()
-        ctx.save_for_backward(*tensors, *(out[n] for n in shortcut.kept), *y)
+        ctx.save_for_backward(*tensors, *[out[n] for n in shortcut.kept], *y)
         return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Array) -> tuple[Array, ...]:
         """The kernel's backward; where a graph of it is wanted, as the operator, which refuses to be derived."""
         shortcut: Shortcut = ctx.shortcut
-        problem, count = shortcut.problem, len(ctx.names)
+        problem, names = shortcut.problem, shortcut.names
+        count = len(names)
         spec, options = problem.spec, problem.option
         saved = ctx.saved_tensors
-        x = dict(zip(ctx.names, saved[:count], strict=True)) | {"offsets": None}
+        x = dict(zip(names, saved[:count], strict=True)) | {"offsets": None}
         out: Arrays = dict(zip(shortcut.kept, saved[count : count + len(shortcut.kept)], strict=True))
         out["y"] = saved[-1] if spec.keeps_output else None
         dout: Arrays = dict(zip(shortcut.results, gradients, strict=True))
@@ -360,8 +355,12 @@ class _Node(torch.autograd.Function):
             take = {n: x.get(n) for n in _argument_names(spec, options)}
             backward = _backward_here if shortcut.here else _backward_on_host
             dx = backward(shortcut.plan, problem, take, out, dout)
-        needed = ctx.needs_input_grad[2:]
-        return (None, None, *(dx.get(n) if needed[i] else None for i, n in enumerate(ctx.names)))
+        needed = ctx.needs_input_grad[1:]
+        return (None, *(dx.get(n) if needed[i] else None for i, n in enumerate(names)))
+
+
+# Past what ``Function.apply`` looks for: ``Torch.again`` has looked for it.
+_apply = super(torch.autograd.Function, _Node).apply
 
 
 # The operators. Their arguments, in order: inputs, parameters, first state, offsets, key.
