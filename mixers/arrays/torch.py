@@ -360,7 +360,7 @@ class _Node(torch.autograd.Function):
 
 
 # Past what ``Function.apply`` looks for: ``Torch.again`` has looked for it.
-_apply = super(torch.autograd.Function, _Node).apply
+_apply: Any = super(torch.autograd.Function, _Node).apply
 
 
 # The operators. Their arguments, in order: inputs, parameters, first state, offsets, key.
