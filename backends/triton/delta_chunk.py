@@ -125,6 +125,7 @@ class Cut:
         """A, P and decays of every chunk."""
         grid = (self.rows * self.problem.sizes.H,)
         self.p = self.scratch(self.block_t)
+        self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         if self.decay == 2:
             self._fold(grid)
         else:
@@ -132,20 +133,25 @@ class Cut:
                 self.inward, self.outward = self.scalars(), self.scalars()
             forwards.scores[grid](
                 *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.p, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
-                **self.constants(self.wide[0]), DECAY=self.decay, PRECISION=self.precision, num_warps=4, num_stages=1,
+                self.p, self.pairs, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
+                **self.constants(self.wide[0]), DELTA=self.delta, DECAY=self.decay, PRECISION=self.precision,
+                num_warps=4, num_stages=1,
             )  # fmt: skip
         if self.delta:
-            self.a = self.scratch(self.block_t)
-            blocks = self.block_t // 16
-            diagonal = self.scratch(16, torch.float32)
-            shared = (
-                *place(self.plain[1], 0, 1, 2), *place(self.beta, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.pairs, diagonal, self.a, self.offsets, *self.lengths(),
-            )  # fmt: skip
-            constants = self.constants(self.wide[0]) | {"DECAY": self.decay, "PRECISION": self.precision}
-            forwards.invert[(grid[0] * blocks,)](*shared, **constants, num_warps=1, num_stages=1)
-            forwards.substitute[(grid[0] * (blocks - 1),)](*shared, **constants, num_warps=1, num_stages=1)
+            self._solve(grid[0])
+
+    def _solve(self, programs: int) -> None:
+        """A from the pairs, which a decay a channel needs again."""
+        self.a = self.scratch(self.block_t)
+        blocks = self.block_t // 16
+        diagonal = self.scratch(16, torch.float32)
+        shared = *place(self.beta, 0, 1, 2), self.pairs, diagonal, self.a, self.offsets, *self.lengths()
+        constants = self.constants() | {"PRECISION": self.precision}
+        del constants["K"], constants["BK"]
+        forwards.invert[(programs * blocks,)](*shared, **constants, num_warps=1, num_stages=1)
+        forwards.substitute[(programs * (blocks - 1),)](*shared, **constants, num_warps=1, num_stages=1)
+        if self.decay < 2:
+            self.pairs = None  # as large as q, k and v: later scratch takes its place
 
     def _fold(self, grid: tuple[int]) -> None:
         """Decays a channel, folded into q and k, and the pairs inside of chunks."""
@@ -153,7 +159,6 @@ class Cut:
         self.q, self.k = self.scratch(s.K), self.scratch(s.K)
         self.keys_in = self.scratch(s.K) if self.delta else self.k
         self.fade = torch.empty((self.rows, s.H, s.K), dtype=torch.float32, device=k.device)
-        self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         decays.fold[grid](
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
