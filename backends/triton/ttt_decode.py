@@ -6,14 +6,14 @@
 A program has one head of one sequence, whose W and A stay on chip from the first token to the last. Every head reads
 the phase, so it is counted on behind them, by ``advance``.
 
-    q, k [B,T,G,D]   v, y [B,T,H,D]   beta [B,T,H]   weight W, weight_sum A [slots,H,D,D]   bias c, bias_sum a [slots,H,D]
-    phase [slots]   w, w_b [H,D]   token_scale [C]
+    q, k [B,T,G,D]   v, y [B,T,H,D]   beta [B,T,H]   w, w_b [H,D]   token_scale [C]
+    W, A [slots,H,D,D]   c, a [slots,H,D]   phase [slots]
 """
 
 import triton
 import triton.language as tl
 
-from mixers.backend import Config, Pool
+from mixers.backend import Pool
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
