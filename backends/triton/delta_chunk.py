@@ -166,10 +166,13 @@ class Cut:
             num_warps=max(1, block(s.K) // 32), num_stages=1,
         )  # fmt: skip
 
-    def spell_out(self) -> None:
-        """W and U of every chunk, for a thin chain."""
-        s = self.problem.sizes
-        self.w, self.u = (self.scratch(s.K), self.scratch(s.V)) if self.delta else (None, self.v)
+    def spell_out(self, exact: bool) -> None:
+        """W and U of every chunk, for a thin chain.
+
+        Where y comes of them U stays in float32, ``exact``: of alike keys U − W S is small, and rounding U is not.
+        """
+        s, kind = self.problem.sizes, torch.float32 if exact else None
+        self.w, self.u = (self.scratch(s.K), self.scratch(s.V, kind)) if self.delta else (None, self.v)
         if self.delta:
             forwards.prepare[(self.rows * s.H,)](
                 *place(self.keys_in, 0, 1, 2), *place(self.v, 0, 1, 2), *place(self.beta, 0, 1, 2),
@@ -182,11 +185,13 @@ class Cut:
         *most, group = self.lengths()
         return (*most, 1 if keys.shape[2] == self.problem.sizes.H else group)
 
-    def chain(self, config: Config, fused: bool, out: Arrays, y: Array | None) -> tuple[Array | None, Array | None]:
+    def chain(
+        self, config: Config, fused: bool, out: Arrays, y: Array | None, exact: bool = False
+    ) -> tuple[Array | None, Array | None]:
         """From chunk to chunk: outputs where it is fused, otherwise first states and writes of every chunk."""
         s, block_v = self.problem.sizes, config["block_v"]
         if not fused:
-            self.spell_out()
+            self.spell_out(exact)
         w, u = (self.keys_in if self.delta else None, self.v) if fused else (self.w, self.u)
         states = None if fused else self.states()
         written = self.scratch(s.V) if self.delta and not fused else None
@@ -357,7 +362,7 @@ class DeltaChunk(TritonKernel):
         if config["fused"]:
             cut.chain(config, True, out, out["y"])
         else:
-            states, written = cut.chain(config, False, out, None)
+            states, written = cut.chain(config, False, out, None, exact=True)
             cut.outputs(states, written, out["y"])
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:

@@ -25,13 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-from mixers.backend import Config, Support
+from mixers.backend import Config, Pool, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from .blocks import span
 from .kernel import TritonKernel, blank_unused, dense, first_marks, place
 from .ttt_backward import backward
+from .ttt_decode import decode
 from .ttt_rows import (
     SHORTEST,
     Layout,
@@ -42,6 +43,7 @@ from .ttt_rows import (
     cut,
     earlier,
     first_slot,
+    inner_gradient,
     last_rate,
     load_affine,
     load_rate,
@@ -71,19 +73,6 @@ def _deposit(sums, bias_sums, carried, k, stride, rest, i, rows, target, target_
         store_tile(target, WIDTH, s, d, WIDTH, tile, WIDTH)
     bias_sum = tl.where(carried, load_row(bias_sums, d, WIDTH), 0.0)
     store_row(target_bias, d, bias_sum + tl.sum(rest.to(tl.float32), 0), WIDTH)
-
-
-@triton.jit
-def _write(z, squared, pull, beta, d, WIDTH: tl.constexpr, D: tl.constexpr):
-    """E, x̂ and 1/std from Z; ``squared`` is w∘w and ``pull`` w∘(w_b − (V − K))."""
-    x, inverse = standardise(z, d, WIDTH, D)
-    h = squared[None, :] * x + pull
-    mean = tl.sum(h, 1) * (1.0 / WIDTH)
-    slope = tl.sum(h * x, 1) * (1.0 / WIDTH)
-    write = (h - mean[:, None] - x * slope[:, None]) * (beta * inverse)[:, None]
-    if WIDTH < D:
-        write = tl.where((d < WIDTH)[None, :], write, 0.0)
-    return write, x, inverse
 
 
 _LEARN_LENGTHS = ("tokens", "kb", "kt", "kh", "vb", "vt", "vh", "bb", "bt", "bh", "gh", "sh",
@@ -195,11 +184,11 @@ def learn(
         rate = tl.where(completed(mu, end, CHUNK), -tau, 0.0)
         batch = tl.zeros_like(place).to(tl.int32)
         while (batch + 1) * CHUNK < end:
-            write, x, inverse = _write(z, squared, pull, strengths, d, WIDTH, D)
+            write, x, inverse = inner_gradient(z, squared, pull, strengths, d, WIDTH, D)
             felt = tl.where((mu == batch)[None, :], weigh, 0.0)
             z = tl.dot(felt, write.to(OPERAND), z, input_precision=PRECISION)
             batch += 1
-        write, x, inverse = _write(z, squared, pull, strengths, d, WIDTH, D)
+        write, x, inverse = inner_gradient(z, squared, pull, strengths, d, WIDTH, D)
 
         token = out + t * heads
         learned = write.to(OPERAND)
@@ -387,6 +376,7 @@ class TTTChunk(TritonKernel):
     name = "ttt.chunk"
     form = "chunk"
     mixers = frozenset({"ttt_linear"})
+    in_place = True
 
     def takes(self, problem: Problem) -> Support:
         """Everything."""
@@ -406,6 +396,10 @@ class TTTChunk(TritonKernel):
         blank_unused(problem, out)
         at = Layout.of(problem, config, x, adjoint=False)
         _run_read(problem, at, x, _run_learn(problem, at, x, out), out["y"])
+
+    def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y``, and the pool in place."""
+        decode(problem, x, pool, y)
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill the gradients of inputs, parameters and first state."""
