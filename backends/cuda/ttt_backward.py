@@ -26,7 +26,7 @@ from .source import cuda
 
 
 def build(
-    *, rows, columns, lanes, warps, real, kind, beta, weight, shift, rate, first, counter, dy, dfinal, dmarks, dinitial,
+    *, rows, columns, lanes, warps, real, kind, beta, weight, shift, rate, first, dy, dfinal, dmarks, dinitial,
     dq, dk, dbeta,
 ):  # fmt: skip
     """The kernel; all but the layout are dtypes of arrays."""
@@ -39,7 +39,7 @@ def build(
     zero, one = number(0), number(1)
     along, all_lanes = sum_lanes(BITS, ALL_BITS), sum_lanes(0, ALL_BITS)
     across, back = fold(C, 0, BITS), unfold(C, 0, BITS)
-    read, read_beta, read_first, read_count = load(kind), load(beta), load(first), load(counter)
+    read, read_beta, read_first, read_count = load(kind), load(beta), load(first), load("int32")
     read_weight, read_shift, read_rate, read_real = load(weight), load(shift), load(rate), load(real)
     read_dy, read_final, read_mark = load(dy), load(dfinal), load(dmarks)
     read_offset, read_kept = load("int64"), read_four(real)
