@@ -247,14 +247,16 @@ def run_forward(
 
 
 def in_vectors(state: Array, real: str) -> bool:
-    """Whether states lie so that four neighbouring columns are one aligned vector."""
+    """Whether four neighbouring columns are one aligned vector, and 32 bits tell the rows of a head apart."""
     steps = strides(state)
-    return kind(state) == real and steps[3] == 1 and not any(n % 4 for n in steps[:3]) and address(state) % 16 == 0
+    near = steps[3] == 1 and steps[2] * state.shape[2] < 1 << 31
+    return kind(state) == real and near and not any(n % 4 for n in steps[:3]) and address(state) % 16 == 0
 
 
 @functools.lru_cache(maxsize=4096)
 def step_constants(
     config: tuple[tuple[str, int], ...],
+    full: bool,
     real: str,
     kind: str,
     decay: int,
@@ -267,8 +269,16 @@ def step_constants(
 ) -> Constants:
     """The constants of a step, from the dtypes of its arrays."""
     return constants(
-        dict(config)
-        | {"real": real, "kind": kind, "beta": beta, "decay": decay, "decay_kind": log_decay or real, "first": first}
+        layout_of(dict(config))
+        | {
+            "full": full,
+            "real": real,
+            "kind": kind,
+            "beta": beta,
+            "decay": decay,
+            "decay_kind": log_decay or real,
+            "first": first,
+        }
         | {"slots": slots or "int32", "out_slots": out_slots or "int32", "fresh": fresh or "bool"}
     )
 
@@ -281,8 +291,8 @@ def run_step(
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
     beta, decay = x.get("beta"), x.get("log_decay")
     chosen = step_constants(
-        tuple(config.items()), problem.compute_dtype, problem.dtype, decay_axes(problem), kind(beta), kind(decay),
-        kind(first), kind(slots), kind(out_slots), kind(fresh),
+        tuple(config.items()), config["groups"] * config["rows"] == s.K, problem.compute_dtype, problem.dtype,
+        decay_axes(problem), kind(beta), kind(decay), kind(first), kind(slots), kind(out_slots), kind(fresh),
     )  # fmt: skip
     numbers = (
         *_token(x["q"], 4), *_token(x["k"], 4), *_token(x["v"], 4), *_token(beta, 3), *_token(decay, 4),
@@ -291,7 +301,8 @@ def run_step(
     )  # fmt: skip
     columns = config["warps"] * 4 * WARP // config["groups"]
     blocks = s.N, s.H * -(-s.V // columns)
-    STEP(y, chosen, blocks, config["warps"] * WARP, numbers, (read_scale(problem.option, s.K),))
+    threads, reals = config["warps"] * WARP, (read_scale(problem.option, s.K),)
+    STEP(y, chosen, blocks, threads, numbers, reals, registers=config.get("registers", 0))
 
 
 def _token(array: Array, axes: int) -> tuple[int, ...]:

@@ -22,11 +22,15 @@ from .folds import read_four, write_four
 from .source import cuda
 
 
-def build(*, groups, rows, warps, real, kind, beta, decay, decay_kind, first, slots, out_slots, fresh):
-    """The kernel; ``beta`` and what follows are dtypes, but ``decay``: 0, 1 for one a head, 2 for one a row."""
+def build(*, groups, rows, warps, full, real, kind, beta, decay, decay_kind, first, slots, out_slots, fresh):
+    """The kernel.
+
+    ``full``: there are as many rows as lanes hold. ``beta`` and what follows are dtypes of arrays, but ``decay``: 0, 1
+    for one a head, 2 for one a row.
+    """
     R, W, L = rows, warps, WARP // groups
     CELLS, BLOCK = 4 * R, 4 * L * W
-    DELTA, DECAY = beta != "", decay
+    DELTA, DECAY, FULL = beta != "", decay, full
     number = np.dtype(real).type
     zero, one, eps = number(0), number(1), number(1e-6)
     down = sum_lanes(L.bit_length() - 1, WARP.bit_length() - 1)
@@ -62,6 +66,8 @@ def build(*, groups, rows, warps, real, kind, beta, decay, decay_kind, first, sl
         if fresh != 0:
             begins = read_fresh(fresh, n * fresh_n) != 0
 
+        # Rows of a head are near each other: 32 bits tell them apart, and leave registers for what is loaded.
+        from_k, to_k = np.int32(origin_k), np.int32(final_k)
         # Whoever is outside loads what its neighbour does: loads do not wait, branches would.
         s = cuda.local.array(CELLS, number)
         some_q = cuda.local.array(R, bits)
@@ -71,17 +77,18 @@ def build(*, groups, rows, warps, real, kind, beta, decay, decay_kind, first, sl
             at = n * initial_n + head * initial_h + there * initial_v
             for i in range(R):
                 for c in range(4):
-                    row = min(row0 + np.int32(i), last)
+                    row = row0 + np.int32(i) if FULL else min(row0 + np.int32(i), last)
                     s[4 * i + c] = number(read_first(initial, at + row * initial_k + c * initial_v))
         else:
             at = max(came, 0) * origin_n + head * origin_h + there
             for i in range(R):
-                four = read_state(origin, at + min(row0 + np.int32(i), last) * origin_k)
+                row = row0 + np.int32(i) if FULL else min(row0 + np.int32(i), last)
+                four = read_state(origin, at + row * from_k)
                 for c in range(4):
                     s[4 * i + c] = four[c]
         q_at, k_at, g_at = n * q_n + key_head * q_h, n * k_n + key_head * k_h, n * g_n + head * g_h
         for i in range(R):
-            row = min(row0 + np.int32(i), last)
+            row = row0 + np.int32(i) if FULL else min(row0 + np.int32(i), last)
             some_k[i] = read(k, k_at + row * k_d)
             some_q[i] = read(q, q_at + row * q_d)
             if DECAY == 2:
@@ -99,7 +106,7 @@ def build(*, groups, rows, warps, real, kind, beta, decay, decay_kind, first, sl
             guess[c], seen[c] = zero, zero
         with_k, size_q, size_k = zero, zero, zero
         for i in range(R):
-            inside = row0 + np.int32(i) <= last
+            inside = FULL or row0 + np.int32(i) <= last
             kk[i] = number(wide(some_k[i])) if inside else zero
             qq = number(wide(some_q[i])) if inside else zero
             with_k += qq * kk[i]
@@ -136,11 +143,11 @@ def build(*, groups, rows, warps, real, kind, beta, decay, decay_kind, first, sl
             at = goes * final_n + head * final_h + column
             for i in range(R):
                 row = row0 + np.int32(i)
-                if row <= last:
+                if FULL or row <= last:
                     a, b, c, d = s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]
                     key = kk[i]
                     write_state(
-                        final, at + row * final_k, a + key * guess[0], b + key * guess[1], c + key * guess[2],
+                        final, at + row * to_k, a + key * guess[0], b + key * guess[1], c + key * guess[2],
                         d + key * guess[3],
                     )  # fmt: skip
 
