@@ -20,6 +20,7 @@ import numpy as np
 
 from .device import WARP, load, store, sum_lanes
 from .folds import fold, shares, unfold, write_four
+from .place import marks_before, seat, span
 from .source import cuda
 
 EPS = 1e-6
@@ -33,7 +34,7 @@ def build(
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS, DEEP = R * M * W, C * L, W * WARP, R * C, -(-R * M * W // WARP)
-    OWN, CHOSEN = shares(C, 0, BITS)
+    OWN, seated = shares(C, 0, BITS)[0], seat(rows, columns, lanes)
     SOME, SOME_V = -(-tile * KP // THREADS), -(-tile * VP // THREADS)
     ALL_ROWS, ALL_COLUMNS, ALL_PARTS = tile * KP, tile * VP, 3 * W * VP
     KEEPS, READS = keeps, reads
@@ -45,7 +46,7 @@ def build(
     read_weight, read_shift, read_rate, read_count = load(weight), load(shift), load(rate), load("int32")
     write_target, write_mark, write_count, write_real = store(target), store(marks), store("int32"), store(real)
     read_slot, read_out_slot, read_fresh = load(slots), load(out_slots), load(fresh)
-    read_offset, write_kept = load("int64"), write_four(real)
+    write_kept = write_four(real)
 
     def kernel(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h,
@@ -64,21 +65,12 @@ def build(
         values = cuda.shared.array(ALL_COLUMNS, number)
         parts = cuda.shared.array(ALL_PARTS, number)
         thread = np.int32(cuda.threadIdx.x)
-        warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
-        row0, column0 = warp * np.int32(R * M) + m * np.int32(R), np.int32(4) * band
-        mine = np.int32(0)
-        for bit, offset in CHOSEN:
-            mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
-        mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
+        warp, lane, m, band, row0, column0, mine = seated(thread)
 
         item = np.int64(cuda.blockIdx.x)
         n = np.int64(np.int32(item) // np.int32(heads))
         head = item - n * heads
-        batch, start, length = n, np.int64(0), tokens
-        if offsets != 0:
-            batch, start = np.int64(0), read_offset(offsets, n)
-            length = read_offset(offsets, n + 1) - start
+        batch, start, length = span(offsets, n, tokens)
         q_at = batch * q_b + start * q_t + head // group * q_h
         k_at = batch * k_b + start * k_t + head // group * k_h
         v_at = batch * v_b + start * v_t + head * v_h
@@ -87,11 +79,7 @@ def build(
         keep = (row_at // batch_size + 2 * n) * heads + head
         mark = np.int64(0)
         if mark_w != 0:
-            mark = n * (tokens // every)
-            if offsets != 0:
-                mark = np.int64(0)
-                for before in range(n):
-                    mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+            mark = marks_before(offsets, n, tokens, every)
 
         # Where weights come from, and where they go.
         came, goes = n, n
