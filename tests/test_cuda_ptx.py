@@ -13,7 +13,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from mixers.backends import cuda as home  # noqa: E402
 
 import mixers  # noqa: E402
-from mixers.check import Pinned  # noqa: E402
+from mixers.check.pinned import Pinned  # noqa: E402
 
 if home.SIMULATED:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
