@@ -45,7 +45,7 @@ class Place:
     """Where kernels run.
 
     Attributes:
-        libraries: whose arrays they serve.
+        libraries: whose arrays they serve; ``cuda`` for every library with arrays of a GPU but torch and JAX.
         devices: where those may be.
     """
 
@@ -54,7 +54,8 @@ class Place:
 
     def holds(self, problem: Problem) -> Support:
         """Whether the arrays of a problem are there."""
-        if problem.library not in self.libraries:
+        library = problem.library if problem.library in ("numpy", "torch", "jax") else "cuda"
+        if library not in self.libraries:
             return Support.no(f"takes arrays of {' and '.join(self.libraries)}, not of {problem.library}")
         if problem.device not in self.devices:
             return Support.no(f"runs on {' and '.join(self.devices)}, and the arrays are on {problem.device}")

@@ -149,7 +149,12 @@ def _check_array(spec: MixerSpec, library: Library, name: str, array: Array, inp
     if strict and dtype != wanted:
         raise TypeError(f"{spec.name}: {name} has dtype {dtype} and q {wanted}; q, k and v share one dtype")
     if not library.same_device(array, inputs_q):
-        raise TypeError(f"{spec.name}: {name} is on {array.device} and q on {inputs_q.device}; move them together")
+        raise TypeError(f"{spec.name}: {name} is on {_place(array)} and q on {_place(inputs_q)}; move them together")
+
+
+def _place(array: Array) -> str:
+    """Where an array lies, for a message: Numba's have no device to tell."""
+    return str(getattr(array, "device", "another GPU"))
 
 
 def _bind(spec: MixerSpec, options: Options, arg: Arg, array: Array, bound: dict[str, int], token: bool) -> None:
@@ -247,7 +252,7 @@ def check_kept(spec: MixerSpec, library: Library, what: str, field: Field, array
         wanted = "int32" if field.counter else f"one of {', '.join(FLOATING)}"
         raise TypeError(f"{spec.name}: {name} has dtype {dtype}; expected {wanted}")
     if not library.same_device(array, q):
-        raise TypeError(f"{spec.name}: {name} is on {array.device} and q on {q.device}; move them together")
+        raise TypeError(f"{spec.name}: {name} is on {_place(array)} and q on {_place(q)}; move them together")
 
 
 def _check_state(spec: MixerSpec, library: Library, field: Field, array: Array, sizes: Sizes, q: Array) -> Array:

@@ -89,12 +89,17 @@ class JAX:
 
     def run(self, mixer: Mixer, call: Call) -> Arrays:
         """The reference; kernels for JAX arrays come with the ``jax`` backend."""
-        plan = mixer.plan(call.problem())
+        problem = call.problem()
+        plan = mixer.plan(problem)
+        if call.x["offsets"] is not None:
+            check_offsets(call.x["offsets"], call.sizes.T)
+        if plan.kernel is not None and plan.kernel.arrays == "any":
+            from mixers.arrays.lend import serve
+
+            return serve(plan, problem, call.x, call.x["offsets"])
         if plan.kernel is not None:
             raise ValueError(f"backend {plan.backend!r} takes no JAX arrays")
         x = dict(call.x)
-        if x["offsets"] is not None:
-            check_offsets(x["offsets"], call.sizes.T)
         fill_first_state(call, x)
         return reference.forward(self, call.spec, call.options, call.sizes, call.flags, x)
 
