@@ -167,8 +167,8 @@ def pair_decays(g, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.conste
 def pair_decays_gradient(d, g, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
     """Gradient of every g_m from d, that of the exponents of ``pair_decays`` for i > j: ``Σ_{i≥m>j} d_ij``.
 
-    float32 adds these; bfloat16 adds all ``i ≥ m`` and takes those away of which j is not before m either. What was held
-    at LEAST_HALF has none.
+    float32 adds these; bfloat16 adds all ``i ≥ m`` and takes those away of which j is not before m either. What was
+    held at LEAST_HALF has none.
     """
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     if operand == tl.bfloat16:

@@ -69,14 +69,13 @@ def chain_back(
     base = (batch * tokens + start) * heads + head
     number = chunks(length, every, BT, CHECKPOINTS)
     if DECAY:
-        ahead = fading(inward, fade, base, row, number - 1, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+        final = tl.maximum(number - 1, 0)
+        ahead = fading(inward, fade, base, row, final, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
     for step in range(number):
         i = number - 1 - step
         if DECAY:
-            left = ahead
-            ahead = fading(
-                inward, fade, base, row, tl.maximum(i - 1, 0), length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS
-            )
+            left, before = ahead, tl.maximum(i - 1, 0)
+            ahead = fading(inward, fade, base, row, before, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
         at, count = chunk(i, length, every, BT, CHECKPOINTS)
         here = at + t
         rows = (t < count)[:, None]
