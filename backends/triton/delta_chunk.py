@@ -317,6 +317,17 @@ def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:
     normalise_backward(cut.x[name], normal[name], dx[name])
 
 
+def _stages(delta: bool, half: bool, channels: int, block_v: int) -> int:
+    """How many chunks a chain holds in shared memory: W, A, P, q, k and values of each, or P, q, k and values."""
+    if not half or channels > 128:
+        return 1
+    if channels <= 64:
+        return 3
+    if delta:
+        return 3 if block_v <= 32 else 2
+    return 4
+
+
 class DeltaChunk(TritonKernel):
     """Chunks on tensor cores; the chain fused with the reads where heads fill the card, thin where they do not."""
 
@@ -333,22 +344,35 @@ class DeltaChunk(TritonKernel):
         return not problem.single
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
-        """The default first: blocks of values as wide as leave a program to every multiprocessor."""
+        """The default first: blocks of values as wide as leave a program to every multiprocessor.
+
+        What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains more. Few
+        heads chain fused where a chunk has a system to solve, which ``prepare`` would spell out for them otherwise.
+        """
         _, _, key_dim, value_dim = problem.widths
-        half = problem.dtype == "bfloat16"
-        block_t = 64 if half else 32
+        delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
         widest = min(block(value_dim), 64 if block(key_dim) <= 128 else 32)
         if not half:
             widest = min(widest, 4096 // block(key_dim))
+        elif not delta and block(key_dim) <= 64:
+            widest = min(widest, 32)
         sizes = [b for b in (64, 32, 16) if b <= widest]
         busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= 0.75 * PROCESSORS]
         block_v = busy[0] if busy else sizes[-1]
-        fused = int(bool(busy) and busy[0] >= min(32, sizes[0]))
-        # Two stages of wide tiles are more than a multiprocessor's shared memory.
-        stages = 2 if half and block(key_dim) <= 128 else 1
-        warps = 4 if half else 8
-        first = {"block_t": block_t, "block_v": block_v, "fused": fused, "num_warps": warps, "num_stages": stages}
-        others = (first | {"block_v": b, "fused": f, "num_warps": w} for b in sizes for f in (1, 0) for w in (4, 8))
+        fused = int(delta or block_v >= min(32, sizes[0]))
+
+        def config(block_v: int, fused: int, fewer: int) -> Config:
+            stages = _stages(delta, half, block(key_dim), block_v)
+            return {
+                "block_t": 64 if half else 32,
+                "block_v": block_v,
+                "fused": fused,
+                "num_warps": 4 if half else 8,
+                "num_stages": max(1, stages - fewer),
+            }
+
+        first = config(block_v, fused, 0)
+        others = (config(b, f, fewer) for b in sizes for f in (1, 0) for fewer in (0, 1))
         return (first, *(c for c in others if c != first))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
