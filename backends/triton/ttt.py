@@ -75,6 +75,18 @@ def _deposit(sums, bias_sums, carried, k, stride, rest, i, rows, target, target_
     store_row(target_bias, d, bias_sum + tl.sum(rest.to(tl.float32), 0), WIDTH)
 
 
+@triton.jit
+def _learn_from(state, rates, learned, tau, PRECISION: tl.constexpr):
+    """W or c behind a block.
+
+    In true float32 a block's sum is rounded to itself before it joins W, whose digits it may lack: in one accumulator
+    every token would be rounded to those of W. There the rates lack −τ, as Triton makes one accumulator of a plain sum.
+    """
+    if PRECISION == "ieee":
+        return state - tau * tl.dot(rates, learned, input_precision=PRECISION)
+    return tl.dot(rates, learned, state, input_precision=PRECISION)
+
+
 _LEARN_LENGTHS = ("tokens", "kb", "kt", "kh", "vb", "vt", "vh", "bb", "bt", "bh", "gh", "sh",
                   "w0n", "w0h", "w0r", "c0n", "c0h", "a0n", "a0h", "r0n", "r0h", "r0r", "pn", "heads", "group",
                   "spacing")  # fmt: skip
@@ -181,7 +193,7 @@ def learn(
         weigh = tl.dot(key, tl.trans(key), input_precision=PRECISION) + 1.0
         weigh = (weigh * earlier(mu, -tau)).to(OPERAND)
         pull = w[None, :] * (w_b[None, :] - (values.to(tl.float32) - keys.to(tl.float32)))
-        rate = tl.where(completed(mu, end, CHUNK), -tau, 0.0)
+        rate = tl.where(completed(mu, end, CHUNK), 1.0 if PRECISION == "ieee" else -tau, 0.0)
         batch = tl.zeros_like(place).to(tl.int32)
         while (batch + 1) * CHUNK < end:
             write, x, inverse = inner_gradient(z, squared, pull, strengths, d, WIDTH, D)
@@ -193,17 +205,17 @@ def learn(
         token = out + t * heads
         learned = write.to(OPERAND)
         ones = (tl.zeros((ROWS, ROWS), tl.float32) + rate[None, :]).to(OPERAND)
-        bias = tl.dot(ones, learned, bias, input_precision=PRECISION)
+        bias = _learn_from(bias, ones, learned, tau, PRECISION)
         if RESIDENT:
             key = (keys.to(tl.float32) * rate[:, None]).to(OPERAND)
-            weight = tl.dot(tl.trans(key), learned, weight, input_precision=PRECISION)
+            weight = _learn_from(weight, tl.trans(key), learned, tau, PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
                 part = load_tile(k + t * kt, kt, i, s, rows, WIDTH).to(tl.float32)
                 part = (part * rate[:, None]).to(OPERAND)
                 tile = load_tile(work, WIDTH, s, d, WIDTH, WIDTH)
-                tile = tl.dot(tl.trans(part), learned, tile, input_precision=PRECISION)
+                tile = _learn_from(tile, tl.trans(part), learned, tau, PRECISION)
                 if carried & (end >= CHUNK):
                     tile -= tau * load_tile(sums, WIDTH, s, d, WIDTH, WIDTH)
                 store_tile(work, WIDTH, s, d, WIDTH, tile, WIDTH)
