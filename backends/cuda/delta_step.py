@@ -94,9 +94,9 @@ def build(
         else:
             at = max(came, 0) * origin_n + head * origin_h
             for i in range(R):
-                row = np.int64(row0 + np.int32(i) if FULL else min(row0 + np.int32(i), last))
+                far = np.int64(row0 + np.int32(i) if FULL else min(row0 + np.int32(i), last))
                 for c in range(4):
-                    s[4 * i + c] = number(read_state(origin, at + row * origin_k + min(column + c, right) * origin_v))
+                    s[4 * i + c] = number(read_state(origin, at + far * origin_k + min(column + c, right) * origin_v))
         q_at, k_at, g_at = n * q_n + key_head * q_h, n * k_n + key_head * k_h, n * g_n + head * g_h
         for i in range(R):
             row = row0 + np.int32(i) if FULL else min(row0 + np.int32(i), last)
@@ -165,10 +165,10 @@ def build(
         elif not VECTORS and final != 0 and real_slot and goes >= 0:
             at = goes * final_n + head * final_h
             for i in range(R):
-                row = np.int64(row0 + np.int32(i))
+                far = np.int64(row0 + np.int32(i))
                 for c in range(4):
-                    if row < K and column + c < V:
+                    if far < K and column + c < V:
                         value = s[4 * i + c] + kk[i] * guess[c]
-                        write_state(final, at + row * final_k + (column + c) * final_v, value)
+                        write_state(final, at + far * final_k + (column + c) * final_v, value)
 
     return kernel
