@@ -76,7 +76,7 @@ def validate(
     bound = _axes(spec, options, library, inputs, token)
     x: Arrays = {a.name: inputs[a.name] for a in (*spec.inputs, *spec.parameters) if inputs.get(a.name) is not None}
     if token:
-        x = {a.name: x[a.name][:, None] for a in spec.inputs if a.name in x} | {
+        x = {a.name: _one_token(x[a.name]) for a in spec.inputs if a.name in x} | {
             a.name: x[a.name] for a in spec.parameters if a.name in x
         }
     host, x["offsets"], sequences = _offsets(spec, library, cu_seqlens, bound, x["q"])
@@ -93,6 +93,13 @@ def validate(
     if initial_state is not None:
         sizes = _adopt(spec, options, library, initial_state, sizes, x)
     return Call(spec, options, library, x, sizes, flags, host)
+
+
+def _one_token(array: Array) -> Array:
+    """With an axis of time; Numba's arrays know of no new axes, but of new shapes."""
+    if type(array).__module__.startswith("numba."):
+        return array.reshape(array.shape[0], 1, *array.shape[1:])
+    return array[:, None]
 
 
 # The axes of NumPy arrays that were found in order: a decoded token looks like the one before it.

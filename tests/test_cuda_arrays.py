@@ -239,3 +239,5 @@ def test_numba_arrays() -> None:
     result, expected = mixers.get("delta_rule")(**x), wanted("delta_rule", inputs())
     same(result.y.copy_to_host(), expected.y)
     same(result.state.copy_to_host(), expected.state)
+    token = {n: numba_cuda.to_device(np.ascontiguousarray(a[:, 0])) for n, a in inputs().items()}
+    same(mixers.get("delta_rule").step(**token).y.copy_to_host(), expected.y[:, 0])

@@ -6,8 +6,7 @@
 
 A configuration lays one head's state over threads: ``lanes`` share a column, each with ``rows`` of it; a group of lanes
 has ``columns`` columns, a block ``warps`` warps; ``tile`` tokens at a time come through shared memory. One with
-``groups`` is of the kernel for a single token (``delta_step``), which hands over to the other where states do not lie
-as it needs them.
+``groups`` is of the kernel for a single token (``delta_step``).
 """
 
 import functools
@@ -139,7 +138,7 @@ class DeltaRecurrent(CudaKernel):
 def step_layouts(problem: Problem) -> list[dict[str, int]]:
     """Configurations of the kernel for a single token, the likeliest first; none where there are more, or packs."""
     _, _, key_dim, value_dim = problem.widths
-    if not problem.single or problem.packed or problem.flags.checkpoint_every or value_dim % 4:
+    if not problem.single or problem.packed or problem.flags.checkpoint_every:
         return []
     most = WIDEST if SIMULATED else MOST_ROWS // (2 if problem.dtype == "float64" else 1)
     found = []
@@ -211,10 +210,8 @@ def run_forward(
     s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
     if "groups" in config:
-        if y is not None and in_vectors(origin, real) and (final is None or in_vectors(final, real)):
-            run_step(problem, config, x, origin, final, y, pool)
-            return
-        config = next(c for c in KERNELS[0].configs(problem) if "groups" not in c)
+        run_step(problem, config, x, origin, final, y, pool)
+        return
     chosen = forward_constants(
         tuple(config.items()),
         real,
@@ -249,7 +246,7 @@ def run_forward(
 def in_vectors(state: Array, real: str) -> bool:
     """Whether four neighbouring columns are one aligned vector, and 32 bits tell the rows of a head apart."""
     steps = strides(state)
-    near = steps[3] == 1 and steps[2] * state.shape[2] < 1 << 31
+    near = steps[3] == 1 and steps[2] * state.shape[2] < 1 << 31 and state.shape[3] % 4 == 0
     return kind(state) == real and near and not any(n % 4 for n in steps[:3]) and address(state) % 16 == 0
 
 
@@ -257,12 +254,15 @@ def in_vectors(state: Array, real: str) -> bool:
 def step_constants(
     config: tuple[tuple[str, int], ...],
     full: bool,
+    vectors: bool,
     real: str,
     kind: str,
     decay: int,
     beta: str,
     log_decay: str,
     first: str,
+    source: str,
+    target: str,
     slots: str,
     out_slots: str,
     fresh: str,
@@ -270,33 +270,28 @@ def step_constants(
     """The constants of a step, from the dtypes of its arrays."""
     return constants(
         layout_of(dict(config))
-        | {
-            "full": full,
-            "real": real,
-            "kind": kind,
-            "beta": beta,
-            "decay": decay,
-            "decay_kind": log_decay or real,
-            "first": first,
-        }
+        | {"full": full, "vectors": vectors, "real": real, "kind": kind, "beta": beta, "decay": decay}
+        | {"decay_kind": log_decay or real, "first": first, "source": source, "target": target or real}
         | {"slots": slots or "int32", "out_slots": out_slots or "int32", "fresh": fresh or "bool"}
     )
 
 
 def run_step(
-    problem: Problem, config: Config, x: Arrays, origin: Array, final: Array | None, y: Array, pool: Pool | None
+    problem: Problem, config: Config, x: Arrays, origin: Array, final: Array | None, y: Array | None, pool: Pool | None
 ) -> None:
     """Queue one token of every sequence."""
     s, first = problem.sizes, x["initial.state"]
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
-    beta, decay = x.get("beta"), x.get("log_decay")
+    beta, decay, real = x.get("beta"), x.get("log_decay"), problem.compute_dtype
+    vectors = in_vectors(origin, real) and (final is None or in_vectors(final, real))
     chosen = step_constants(
-        tuple(config.items()), config["groups"] * config["rows"] == s.K, problem.compute_dtype, problem.dtype,
-        decay_axes(problem), kind(beta), kind(decay), kind(first), kind(slots), kind(out_slots), kind(fresh),
+        tuple(config.items()), config["groups"] * config["rows"] == s.K, vectors, real, problem.dtype,
+        decay_axes(problem), kind(beta), kind(decay), kind(first), kind(origin), kind(final), kind(slots),
+        kind(out_slots), kind(fresh),
     )  # fmt: skip
     numbers = (
         *_token(x["q"], 4), *_token(x["k"], 4), *_token(x["v"], 4), *_token(beta, 3), *_token(decay, 4),
-        *place(first, 4), *place(origin, 4)[:4], *place(final, 4)[:4], *place(y, 0), *place(slots, 1),
+        *place(first, 4), *place(origin, 4), *place(final, 4), *place(y, 0), *place(slots, 1),
         *place(out_slots, 1), *place(fresh, 1), s.K, s.V, s.H, s.H // s.G, norm(problem),
     )  # fmt: skip
     columns = config["warps"] * 4 * WARP // config["groups"]
