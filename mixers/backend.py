@@ -90,6 +90,8 @@ class Kernel(ABC):
             NumPy arrays is given them in the working dtype; any other takes arrays as the caller passed them, fills
             outputs in their final dtype and gradients in that of their inputs, and does without ``kept.*``.
         in_place: it has ``decode``.
+        batch_invariant: with ``flags.batch_invariant`` the bits of a sequence do not depend on what else is in the
+            batch, on how it is packed, nor on the number of threads.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Kernel(ABC):
     mixers: frozenset[str]
     arrays: str
     in_place: bool = False
+    batch_invariant: bool = False
 
     @abstractmethod
     def supports(self, problem: Problem) -> Support:
@@ -144,6 +147,8 @@ class Backend(Protocol):
         recomputes: its kernels keep nothing for a backward, which computes their states again.
         place: where its kernels run; asked before they are loaded. ``auto`` never looks at a backend out of its place,
             a caller who names it may: a simulator runs elsewhere.
+        libraries: optional, distributions whose versions decide about speed; its own name by default.
+        compile_only: optional, ``compile_only(capability)`` makes a process without a GPU compile what it launches.
     """
 
     name: str

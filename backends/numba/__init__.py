@@ -19,6 +19,7 @@ class NumbaBackend:
     preference = 10
     recomputes = False
     place = Place(("numpy", "torch"), ("cpu",))
+    libraries = ("numba", "llvmlite", "numpy")
 
     def status(self) -> Support:
         """Whether Numba can be imported."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mixers.call import Call
     from mixers.mixer import Mixer
     from mixers.packing import Pack
+    from mixers.result import Result
 
 
 class Library(Protocol):
@@ -67,6 +68,9 @@ class Library(Protocol):
 
     def prepare(self, mixer: "Mixer") -> None:
         """Define what must exist before a call of the mixer is traced."""
+
+    def again(self, mixer: "Mixer", x: Arrays, state: bool, checkpoint_every: int | None) -> "Result | None":
+        """The result of a call like one that was seen before; None where the long way must be gone."""
 
     def run(self, mixer: "Mixer", call: "Call") -> Arrays:
         """Run a call, differentiably where the library has autodiff; arrays named as in ``mixers.problem``."""

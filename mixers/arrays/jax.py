@@ -87,6 +87,10 @@ class JAX:
     def prepare(self, mixer: Mixer) -> None:
         """Nothing to define."""
 
+    def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
+        """The long way; ``jit`` is the short one."""
+        return None
+
     def run(self, mixer: Mixer, call: Call) -> Arrays:
         """The reference; kernels for JAX arrays come with the ``jax`` backend."""
         problem = call.problem()

@@ -16,6 +16,7 @@ from mixers.call import Call
 from mixers.mixer import Mixer, Plan
 from mixers.packing import Pack, check_offsets
 from mixers.problem import Arrays, Problem
+from mixers.result import Result
 from mixers.spec import Array, MixerSpec, Sizes
 
 # str(dtype) takes several microseconds, as long as the rest of validation.
@@ -105,6 +106,10 @@ class NumPy:
 
     def prepare(self, mixer: Mixer) -> None:
         """Nothing to define."""
+
+    def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
+        """The long way; ``Mixer.bind`` is the short one."""
+        return None
 
     def run(self, mixer: Mixer, call: Call) -> Arrays:
         """Forward."""
