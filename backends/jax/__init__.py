@@ -8,7 +8,7 @@ from importlib import import_module
 
 from mixers.backend import Kernel, Place, Support
 
-_FAMILIES = ("delta_chunk", "lattice_chunk", "ttt_chunk", "steps",)
+_FAMILIES = ("delta_chunk", "lattice_chunk", "ttt_chunk", "attention", "steps")
 
 
 class JaxBackend:

@@ -37,9 +37,7 @@ def follow(state: Array, link: Link, precision: lax.Precision) -> Array:
     return after - jnp.matmul(jnp.swapaxes(link.left, -1, -2), read, precision=precision)
 
 
-def chain(
-    pieces: Pieces, links: Link, initial: State, precision: lax.Precision
-) -> tuple[Array, State, State]:
+def chain(pieces: Pieces, links: Link, initial: State, precision: lax.Precision) -> tuple[Array, State, State]:
     """States before all chunks ``[J,B,H,K,V]``, final states, checkpoints."""
     both = stacked(pieces)
 
@@ -66,7 +64,9 @@ def chain_back(
     dinitial, dlast, dafter = pull_states(pieces, initial, dfinal, dcheckpoints)
     links = Link(flow, links.decay, links.right, links.left)
 
-    def body(carry: tuple[State, State], now: tuple[Link, dict[str, Array], State]) -> tuple[tuple[State, State], Array]:
+    def body(
+        carry: tuple[State, State], now: tuple[Link, dict[str, Array], State]
+    ) -> tuple[tuple[State, State], Array]:
         dinitial, dstate = carry
         link, known, more = now
         after = dstate[0] + more[0] if more else dstate[0]

@@ -130,7 +130,9 @@ class DeltaChunk(PieceKernel):
         """See ``Kernel``."""
         pieces, exact = self.cut(problem, config, x), precision(problem)
         _, initial, tokens = self.prepare(problem, floating(x))
-        part = inside({n: pieces.split(a) for n, a in tokens.items()}, read_scale(problem.option, problem.sizes.K), exact)
+        part = inside(
+            {n: pieces.split(a) for n, a in tokens.items()}, read_scale(problem.option, problem.sizes.K), exact
+        )
         states, final, checkpoints = chain(pieces, link(part, exact), initial, exact)
         out["y"] = pieces.join(outputs(part, states, exact))
         put_states(problem, pieces, out, final, checkpoints)

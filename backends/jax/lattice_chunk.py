@@ -96,8 +96,10 @@ class LatticeChunk(PieceKernel):
                 norm = jnp.maximum(norm, least)
                 empty = norm == 0
                 query = jnp.where(empty, 0, q / jnp.sqrt(jnp.where(empty, 1, norm)))
-            past = product((since - alpha) * query, phi) if whole else (
-                product(since * query, now) - product(alpha * query, phi)
+            past = (
+                product((since - alpha) * query, phi)
+                if whole
+                else (product(since * query, now) - product(alpha * query, phi))
             )
             y = past + product(weights * product(query, _turned(e)), h)
             if option["read_norm"] and g is not None:

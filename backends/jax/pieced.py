@@ -9,13 +9,14 @@ from abc import abstractmethod
 import jax
 import jax.numpy as jnp
 
+from mixers.arrays.jax import vary
 from mixers.backend import Config
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from .kernel import JaxKernel, fields, floating, flowing, spread, wide
 from .pieces import Pieces, cut
-from .walk import Piece, State, back, opening, walk
+from .walk import Piece, State, back, walk
 
 Prepared = tuple[Arrays, State, Arrays]
 
@@ -83,7 +84,7 @@ def _whole(pieces: Pieces, x: Arrays) -> bool:
 def dy_of(problem: Problem, dout: Arrays) -> Array:
     """The gradient of y, zeros where nothing flows back."""
     shape, _ = problem.outputs()["y"]
-    return wide(problem, dout["y"]) if "y" in dout else jnp.zeros(shape, problem.compute_dtype)
+    return wide(problem, dout["y"]) if "y" in dout else vary(jnp.zeros(shape, problem.compute_dtype), dout)
 
 
 def put_states(problem: Problem, pieces: Pieces, out: Arrays, final: State, checkpoints: State) -> None:
@@ -97,9 +98,7 @@ def put_states(problem: Problem, pieces: Pieces, out: Arrays, final: State, chec
             out["checkpoint.phase"] = jnp.broadcast_to(jnp.asarray(pieces.mark_phase), shape)
 
 
-def state_flows(
-    problem: Problem, pieces: Pieces, initial: State, dout: Arrays
-) -> tuple[State | None, State | None]:
+def state_flows(problem: Problem, pieces: Pieces, initial: State, dout: Arrays) -> tuple[State | None, State | None]:
     """Gradients of final states and of checkpoints; None where nothing flows back."""
     dfinal = flowing(problem, dout, "final", [a.shape for a in initial])
     if pieces.marks is None:

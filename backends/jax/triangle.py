@@ -77,7 +77,9 @@ def unit_inverse(lower: Array, precision: lax.Precision) -> Array:
         if block == 1:
             inverse = inverse - corner
         else:
-            inverse = inverse - jnp.matmul(jnp.matmul(inverse, corner, precision=precision), inverse, precision=precision)
+            inverse = inverse - jnp.matmul(
+                jnp.matmul(inverse, corner, precision=precision), inverse, precision=precision
+            )
         block *= 2
     return inverse
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mixers.arrays.jax import vary
 from mixers.problem import Arrays
 from mixers.spec import Array
 
@@ -89,9 +90,7 @@ def _at_marks(pieces: Pieces, after: Array) -> Array:
     return jax.vmap(lambda row, at: jnp.take(row, at, axis=0, mode="fill", fill_value=0))(rows, marks)
 
 
-def walk(
-    pieces: Pieces, piece: Piece, constants: Arrays, initial: State, tokens: Arrays, keep: bool
-) -> Walked:
+def walk(pieces: Pieces, piece: Piece, constants: Arrays, initial: State, tokens: Arrays, keep: bool) -> Walked:
     """Forward."""
     both = stacked(pieces)
 
@@ -129,7 +128,7 @@ def back(
         dinitial, dstate = start_back(dinitial, dstate, known)
         return (jax.tree.map(jnp.add, dconstants, dmine), dinitial, dstate), dtokens
 
-    nothing = jax.tree.map(jnp.zeros_like, constants)
+    nothing = vary(jax.tree.map(jnp.zeros_like, constants), starts)
     known = about(pieces)
     carry = (nothing, dinitial, dlast)
     (dconstants, dinitial, dfirst), dtokens = lax.scan(body, carry, (tokens, known, starts, dy, dafter), reverse=True)

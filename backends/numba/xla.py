@@ -204,6 +204,12 @@ class Tape:
         """The numbers of a hollow array."""
         self._held[_base(array).ctypes.data] = (_base(array), value)
 
+    def filled(self, name: str, array: np.ndarray) -> Array:
+        """The numbers of an array that a kernel should have filled."""
+        if array.size and _base(array).ctypes.data not in self._held:
+            raise NotImplementedError(f"nothing that was traced fills {name}")
+        return self.value(array)
+
     def value(self, array: np.ndarray) -> Array:
         """The numbers of an array, or of any view of one."""
         if array.size == 0:
@@ -211,8 +217,6 @@ class Tape:
         base = _base(array)
         held = self._held.get(base.ctypes.data)
         if held is None:
-            if isinstance(base, Hollow):
-                raise NotImplementedError("an array is read before anything is written to it")
             return _constant(array)
         if array.flags.c_contiguous and array.size == base.size:
             return held[1].reshape(array.shape)
@@ -298,7 +302,7 @@ class InXLA(Kernel):
         wanted = {name: hollow(*about) for name, about in shapes.items()}
         with _noting(tape):
             self._kernel.forward(problem, config, hollows, wanted)
-        out |= {name: tape.value(array) for name, array in wanted.items()}
+        out |= {name: tape.filled(name, array) for name, array in wanted.items()}
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """See ``Kernel``: puts arrays into ``dx``."""
@@ -313,7 +317,7 @@ class InXLA(Kernel):
         wanted = {n: hollow(a.shape, a.dtype) for n, a in hollows.items() if a is not None and a.dtype.kind == "f"}
         with _noting(tape):
             self._kernel.backward(problem, config, hollows, before, flows, wanted)
-        dx |= {name: tape.value(array) for name, array in wanted.items()}
+        dx |= {name: tape.filled(name, array) for name, array in wanted.items()}
 
     def _tape(self, problem: Problem, x: Arrays) -> tuple[Tape, Arrays]:
         """Hollow arrays in place of JAX's, in the working dtype, every optional one named."""

@@ -128,10 +128,39 @@ class JAX:
             return _nothing(problem, x)
         if "offsets" in x:
             x["offsets"] = jnp.asarray(x["offsets"], jnp.int32)
-        return _apply(_Static(plan, problem), x)
+        return _apply(_Static(plan, problem), vary(x, tuple(x.values())))
 
 
-_TRACED = "cu_seqlens is traced, which the reference cannot cut; pass a mixers.pack or a NumPy array, made outside of jit"
+def vary(tree: Any, like: Any) -> Any:
+    """Arrays of a tree, marked as different on every device of the mesh axes along which any of ``like`` differs.
+
+    Under ``shard_map`` what is made anew is taken for the same on all devices, and a loop may not change that.
+    """
+    if not hasattr(jax, "typeof") or not hasattr(jax.lax, "pcast"):
+        return tree
+    axes = frozenset[Any]().union(*map(_varying, jax.tree.leaves(like)))
+    if not axes:
+        return tree
+
+    def mark(array: Array) -> Array:
+        missing = tuple(axes - _varying(array))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(mark, tree)
+
+
+def _varying(array: Array) -> frozenset[Any]:
+    """The mesh axes along which an array differs; JAX has called them by two names."""
+    kind: Any = jax.typeof(array)
+    axes = getattr(kind, "manual_axis_type", None)
+    found: frozenset[Any] = getattr(kind, "vma", frozenset()) if axes is None else axes.varying
+    return found
+
+
+_TRACED = (
+    "cu_seqlens is traced; pass a mixers.pack or a NumPy array, made outside of jit: the reference cuts a pack while it "
+    "is traced (backend='jax' takes traced offsets)"
+)
 
 
 def fill_first_state(call: Call, x: Arrays, counters: bool) -> None:
@@ -178,7 +207,7 @@ def _apply(static: _Static, x: Arrays) -> Arrays:
 def _differentiable(static: _Static, x: Arrays) -> Arrays:
     out: Arrays = {}
     static.plan.forward(static.problem, x, out)
-    return dict(_stored(static.problem, out))
+    return vary(dict(_stored(static.problem, out)), x)
 
 
 def _stored(problem: Problem, out: Arrays) -> Iterator[tuple[str, Array]]:
@@ -194,7 +223,8 @@ def _forward(static: _Static, primal: Arrays) -> tuple[Arrays, tuple[Arrays, Arr
     out: Arrays = {}
     problem = static.keeping()
     static.plan.forward(problem, x, out)
-    return dict(_stored(problem, out)), (x, {name: a for name, a in out.items() if name.startswith("kept.")})
+    kept = {name: a for name, a in out.items() if name.startswith("kept.")}
+    return vary(dict(_stored(problem, out)), x), (x, vary(kept, x))
 
 
 def _backward(static: _Static, residuals: tuple[Arrays, Arrays], dout: Arrays) -> tuple[Arrays]:
@@ -205,7 +235,8 @@ def _backward(static: _Static, residuals: tuple[Arrays, Arrays], dout: Arrays) -
         name: a for name, a in dout.items() if not isinstance(a, nothing) and jnp.issubdtype(a.dtype, jnp.floating)
     }
     static.plan.backward(static.keeping(), x, kept, flowing, dx)
-    return ({n: dx[n].astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else None for n, a in x.items()},)
+    found = {n: dx[n].astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else None for n, a in x.items()}
+    return (vary(found, x),)
 
 
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
