@@ -1,7 +1,7 @@
 """The linear and delta families a chunk of tokens at a time: products of matrices, and a thin chain between them.
 
-Rows are the tokens of a chunk, S_0 the state before it; ``pre_t``, ``post_j`` and ``D_tj`` are products of the decays of
-tokens 1…t, j+1…C and j+1…t.
+Rows are the tokens of a chunk, S_0 the state before it; ``pre_t``, ``post_j`` and ``D_tj`` are products of the decays
+of tokens 1…t, j+1…C and j+1…t.
 
     M_tj = ⟨k_t, D_tj k_j⟩ for j < t     P_tj = ⟨q_t, D_tj k_j⟩ for j ≤ t     A = (I + diag(beta) M)⁻¹
     U_0 = A diag(beta) V                 W = A diag(beta) (K∘pre)             L = K∘post

@@ -1,6 +1,7 @@
-"""Lattice in chunks (``chunk_size=C > 1``) in closed form: gradients at the chunk's first slots Φ, running slots S beside.
+"""Lattice in chunks (``chunk_size=C > 1``) in closed form: gradients at the chunk's first slots Φ.
 
-A piece is a chunk, or what of it lies before a checkpoint or in the call. With b, W counted from its first token:
+A piece is a chunk, or what of it lies before a checkpoint or in the call; S are the running slots before it. With b, W
+counted from its first token:
 
     W_tj = [j≤t] e^{g_{j+1} + … + g_t}     b_t = e^{g_1 + … + g_t}
     Hm = V − KΦ (decoding) or V            A = Hm Φᵀ            E = beta ∘ (K − A) (encoding) or beta ∘ K

@@ -2,8 +2,8 @@
 
     D_tj = e^{g_{j+1} + … + g_t} for t ≥ j, 0 above        (I + N)⁻¹ for a strictly lower N
 
-Every exponent is a sum of logarithms of its own, a product with a matrix of zeros and ones: a difference of running sums
-would lose what a reset to e^{−∞} leaves between them. Merging diagonal blocks is the stable way to the inverse; by
+Every exponent is a sum of logarithms of its own, a product with a matrix of zeros and ones: a difference of running
+sums would lose what a reset to e^{−∞} leaves between them. Merging diagonal blocks is the stable way to the inverse; by
 doubling, ``(I+N)(I+N²)…``, it is not.
 
     g [...,C,·]   D [...,C,C,·]   N [...,C,C]

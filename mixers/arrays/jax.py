@@ -158,8 +158,8 @@ def _varying(array: Array) -> frozenset[Any]:
 
 
 _TRACED = (
-    "cu_seqlens is traced; pass a mixers.pack or a NumPy array, made outside of jit: the reference cuts a pack while it "
-    "is traced (backend='jax' takes traced offsets)"
+    "cu_seqlens is traced; pass a mixers.pack or a NumPy array, made outside of jit: the reference cuts a pack while "
+    "it is traced (backend='jax' takes traced offsets)"
 )
 
 
