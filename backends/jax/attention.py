@@ -111,7 +111,7 @@ def _attend(problem: Problem, room: int, x: Arrays, counts: Arrays) -> tuple[Arr
     pad = blocks * room - s.T
 
     def cut(a: Array, mode: str) -> Array:
-        a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2), mode=mode)  # type: ignore[arg-type]
+        a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2), mode=mode)
         return jnp.moveaxis(a.reshape(s.B, blocks, room, *a.shape[2:]), 1, 0)
 
     block = jax.checkpoint(jax.vmap(one))

@@ -66,7 +66,8 @@ class LatticeChunk(PieceKernel):
             return jnp.matmul(a, b, precision=exact)
 
         def piece(constants: Arrays, state: State, tokens: Arrays, known: Arrays) -> tuple[State, Array]:
-            q, k, v, beta, g = (tokens.get(name) for name in ("q", "k", "v", "beta", "log_decay"))
+            q, k, v, beta = (tokens[name] for name in ("q", "k", "v", "beta"))
+            g = tokens.get("log_decay")
             size = k.shape[-2]
             phi = given_slots(jnp, state[0])
             now = phi if whole else given_slots(jnp, state[1])

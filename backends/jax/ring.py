@@ -65,7 +65,8 @@ def ring(
     ends, here = _product(turns, first[None]) + adds, lax.axis_index(axis)
     begins = jnp.concatenate([first[None], ends[:-1]])[here]
     y, state = mix(q, k, v, initial_state=begins, **gates)
-    return Result(y, lax.psum(jnp.where(here == len(ends) - 1, state, 0), axis))
+    last = jnp.where(here == len(ends) - 1, state, 0)
+    return Result(y, lax.psum(last, axis))  # type: ignore[no-untyped-call]
 
 
 def _product(a: Any, b: Any) -> Array:

@@ -71,8 +71,8 @@ def states_of(pieces: Pieces, initial: State, last: State, after: State) -> tupl
 
 def finals(pieces: Pieces, initial: State, after: State) -> State:
     """The states of a pack's sequences behind their last pieces; an empty sequence keeps its first."""
-    at = jnp.minimum(pieces.last, pieces.count - 1)
-    full = jnp.asarray(pieces.last) < pieces.count
+    last = jnp.asarray(pieces.last)
+    at, full = jnp.minimum(last, pieces.count - 1), last < pieces.count
     return tuple(jnp.where(_column(full, i), a[at, 0], i) for i, a in zip(initial, after, strict=True))
 
 

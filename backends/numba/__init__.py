@@ -1,7 +1,7 @@
 """CPU kernels compiled by Numba: explicit SIMD, parallel over batch and heads, forward and backward.
 
-Light to import: the kernels, and Numba with them, load when a plan is made. Where JAX is imported, kernels run inside of
-its programs too.
+Light to import: the kernels, and Numba with them, load when a plan is made. Where JAX is imported, kernels run inside
+of its programs too.
 """
 
 import importlib.util

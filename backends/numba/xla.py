@@ -28,6 +28,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from . import compile as compiler
+from . import threads
 from .compile import _call
 from .delta_chunk import KERNELS as DELTA
 from .kernel import NumbaKernel
@@ -140,7 +141,7 @@ def _handler(kernel: Any, dtype: Any) -> Any:
             values.append(f"bool(whole[{numbers}])" if kind == types.boolean else f"np.int64(whole[{numbers}])")
             numbers += 1
     lines.append(f"    values = ({', '.join(values)},)")
-    if compiler.threads.parallel():
+    if threads.parallel():
         names["launch"] = kernel.launcher(np.dtype(dtype))[0]
         lines += ["    if whole[1]:", "        launch(address, np.int64(whole[0]), values)", "        return 0"]
     lines += ["    _call(address, np.int64(0), np.int64(whole[0]), values)", "    return 0"]
@@ -232,7 +233,8 @@ class Tape:
         kinds = kernel._types(self._dtype)[2:]
         whole: list[int] = [items, int(items > 1 and work > compiler.SERIAL_WORK)]
         reals: list[Any] = []
-        inputs, outputs = [], []
+        inputs: list[Any] = []
+        outputs: list[Any] = []
         for kind, arg in zip(kinds, args, strict=True):
             if isinstance(kind, types.Array):
                 (outputs if kind.mutable else inputs).append(arg)
@@ -321,8 +323,8 @@ class InXLA(Kernel):
 
     def _tape(self, problem: Problem, x: Arrays) -> tuple[Tape, Arrays]:
         """Hollow arrays in place of JAX's, in the working dtype, every optional one named."""
-        tape, hollows = Tape(problem.compute_dtype), dict.fromkeys((a.name for a in problem.spec.inputs), None)
-        hollows |= {"offsets": None}
+        tape = Tape(problem.compute_dtype)
+        hollows: Arrays = dict.fromkeys(("offsets", *(a.name for a in problem.spec.inputs)))
         given = dict(x)
         for f in problem.spec.state(problem.option).fields:
             if f.counter and f"initial.{f.name}" not in given:

@@ -100,7 +100,7 @@ class JAX:
                 return self.run(mixer, dataclasses.replace(call, x={**call.x, **leaves}))["y"].astype("float32").sum()
 
             out = jax.grad(total)(leaves)
-        jax.block_until_ready(out)
+        jax.block_until_ready(out)  # type: ignore[no-untyped-call]
 
     def prepare(self, mixer: Mixer) -> None:
         """Nothing to define."""
@@ -128,7 +128,8 @@ class JAX:
             return _nothing(problem, x)
         if "offsets" in x:
             x["offsets"] = jnp.asarray(x["offsets"], jnp.int32)
-        return _apply(_Static(plan, problem), vary(x, tuple(x.values())))
+        found: Arrays = _apply(_Static(plan, problem), vary(x, tuple(x.values())))
+        return found
 
 
 def vary(tree: Any, like: Any) -> Any:
@@ -200,7 +201,8 @@ class _Static:
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(static: _Static, x: Arrays) -> Arrays:
     """Run a kernel; compiled once for the shapes of its arrays, inside of another ``jit`` a part of it."""
-    return _differentiable(static, x)
+    found: Arrays = _differentiable(static, x)
+    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
