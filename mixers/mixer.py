@@ -502,6 +502,9 @@ class Mixer:
         grad: bool = False,
         token: bool = False,
     ) -> Call:
+        for name, given in (("checkpoint_every", checkpoint_every), ("return_state", return_state)):
+            if given is not None and not isinstance(given, (int, np.integer, np.bool_)):
+                raise TypeError(f"{name} is a {type(given).__name__}; expected a plain value, known before any tracing")
         every = checkpoint_every or 0
         if every < 0:
             raise ValueError(f"checkpoint_every={every}; expected a whole number from 1 up, or None")
