@@ -4,6 +4,7 @@ Backends are asked in falling order of their ``preference``, a backend's kernels
 kernels that do not suit a problem come last, whoever they belong to.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,9 +58,29 @@ def check_backend(name: str) -> None:
 
 def candidates(problem: Problem, backend: str) -> Iterator[Candidate]:
     """Every way to run a problem under ``backend=``, best first."""
+    if problem.spec.compose is not None:
+        yield from _composed(problem, backend)
+        return
     asked = [b for b in installed().values() if backend in ("auto", b.name)]
     found = (c for b in sorted(asked, key=lambda b: -b.preference) for c in _of_backend(problem, b, backend == b.name))
     yield from sorted(found, key=lambda c: c.kernel is not None and not c.kernel.suits(problem))
+    if backend in ("auto", REFERENCE):
+        yield Candidate(REFERENCE, None, None, Support.yes())
+
+
+def _composed(problem: Problem, backend: str) -> Iterator[Candidate]:
+    """A composition runs where a backend has kernels for its parts."""
+    asked = [b for b in installed().values() if backend in ("auto", b.name)]
+    for b in sorted(asked, key=lambda b: -b.preference):
+        missing = ""
+        for part, options in problem.spec.parts(problem.option):
+            inner = dataclasses.replace(problem, spec=part, options=tuple(options.items()))
+            found = list(_of_backend(inner, b, backend == b.name))
+            if not any(c.support for c in found):
+                why = "; ".join(c.support.reason for c in found) or "no kernel"
+                missing = f"its {part.name} cannot run: {why}"
+        support = Support.no(missing) if missing else Support.yes()
+        yield Candidate(b.name, None, {} if support else None, support)
     if backend in ("auto", REFERENCE):
         yield Candidate(REFERENCE, None, None, Support.yes())
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from mixers import compose
 from mixers.arrays import library_of, prepare
-from mixers.autotune.policy import Candidate, candidates, check_backend, choose, choose_in_place
+from mixers.autotune.policy import REFERENCE, Candidate, candidates, check_backend, choose, choose_in_place
 from mixers.backend import Config, Kernel, Pool, installed
 from mixers.call import Call, validate
 from mixers.problem import Arrays, Flags, Problem
@@ -90,6 +91,7 @@ class Explanation:
 
     problem: Problem
     candidates: tuple[Candidate, ...]
+    remark: str = ""
 
     @property
     def chosen(self) -> Candidate:
@@ -104,6 +106,7 @@ class Explanation:
             why = "chosen: the first that can" if c is chosen else c.support.reason or "can, but comes later"
             config = " ".join(f"{k}={v}" for k, v in (c.config or {}).items())
             lines.append(f"  {mark} {c.name:<28} {config:<16} {why}".rstrip())
+        lines += [f"  {self.remark}"] if self.remark else []
         return "\n".join(lines)
 
 
@@ -131,8 +134,8 @@ class Mixer:
         check_backend(backend)
         if state_dtype not in _STATE_DTYPES:
             raise ValueError(f"state_dtype={state_dtype!r}; expected one of {', '.join(map(repr, _STATE_DTYPES[1:]))}")
-        self.spec = spec
         self.options = spec.resolve(options)
+        self.spec = spec if spec.specialise is None else spec.specialise(self.options)
         self.backend = backend
         self.state_dtype = state_dtype
         self.allow_tf32 = bool(allow_tf32)
@@ -189,7 +192,13 @@ class Mixer:
             TypeError: an input is unknown, no array, or of another library, dtype or device.
         """
         call = self._call(q, k, v, gates, initial_state, cu_seqlens, return_state, checkpoint_every)
-        return self._result(call, call.library.run(self, call))
+        return self._result(call, self._run(call))
+
+    def _run(self, call: Call) -> Arrays:
+        """The outputs of a call by name: by its kernel, by the parts of a composition, or by the reference."""
+        composed = self.spec.compose is not None and self.backend != REFERENCE
+        out = compose.run(self, call) if composed else call.library.run(self, call)
+        return out if self.spec.settle is None else self.spec.settle(call, out)
 
     def step(self, q: Array, k: Array, v: Array, *, state: Any = None, **gates: Array | None) -> Result:
         """Mix one token.
@@ -208,8 +217,8 @@ class Mixer:
             ValueError, TypeError: as in a call.
         """
         call = self._call(q, k, v, gates, state, None, True, None, token=True)
-        out = call.library.run(self, call)
-        out["y"] = out["y"][:, 0]
+        out = self._run(call)
+        out |= {name: out[name][:, 0] for name in ("y", *self.spec.results)}
         return self._result(call, out)
 
     def decode(
@@ -279,7 +288,8 @@ class Mixer:
         from mixers.arrays.numpy import library
         from mixers.vjp import pullback
 
-        out, back = library.vjp(self, call)
+        composed = self.spec.compose is not None and self.backend != REFERENCE
+        out, back = compose.vjp(self, call) if composed else library.vjp(self, call)
         return self._result(call, out), pullback(call, initial_state, out, back)
 
     def init_state(
@@ -333,13 +343,17 @@ class Mixer:
         state, pack = rest.pop("initial_state", None), rest.pop("cu_seqlens", None)
         call = self._call(q, k, v, rest, state, pack, True, None)
         problem = call.problem()
-        return Explanation(problem, tuple(candidates(problem, self.backend)))
+        remark = "" if self.spec.remark is None else self.spec.remark(self, call)
+        return Explanation(problem, tuple(candidates(problem, self.backend)), remark)
 
     def warmup(self, q: Array, k: Array, v: Array, *, grad: bool = False, **rest: Any) -> None:
         """Compile now what a call like this one will run, its backward too with ``grad=True``."""
         state, pack = rest.pop("initial_state", None), rest.pop("cu_seqlens", None)
         call = self._call(q, k, v, rest, state, pack, True, None)
-        call.library.warmup(self, call, grad)
+        if self.spec.compose is not None and self.backend != REFERENCE:
+            compose.warmup(self, call, grad)
+        else:
+            call.library.warmup(self, call, grad)
 
     def flags(self, grad: bool, state: bool, checkpoint_every: int) -> Flags:
         """What is asked for in a call, and by the mixer's own keywords."""
@@ -406,15 +420,30 @@ class Mixer:
     def _result(self, call: Call, out: Arrays) -> Result:
         layout = self.spec.state(self.options)
         state = layout.pack(tuple(out[f"final.{f.name}"] for f in layout.fields)) if call.flags.state else None
-        if not call.flags.checkpoint_every:
-            return Result(out["y"], state)
-        return Result(out["y"], state, layout.pack(tuple(out[f"checkpoint.{f.name}"] for f in layout.fields)))
+        checkpoints = None
+        if call.flags.checkpoint_every:
+            checkpoints = layout.pack(tuple(out[f"checkpoint.{f.name}"] for f in layout.fields))
+        return Result(out["y"], state, checkpoints, **{name: out[name] for name in self.spec.results})
 
 
 def _sizes(mixer: Mixer, batch: int, heads: int, key_dim: int, value_dim: int | None, key_heads: int | None) -> Sizes:
     value_dim = key_dim if value_dim is None else value_dim
-    chunk = mixer.options.get("chunk_size", 1)
-    return Sizes(B=batch, T=0, G=key_heads or heads, H=heads, K=key_dim, V=value_dim, N=batch, C=chunk)
+    groups, chunk = key_heads or heads, mixer.spec.chunk(mixer.options)
+    return Sizes(
+        B=batch,
+        T=0,
+        G=groups,
+        H=heads,
+        K=key_dim,
+        V=value_dim,
+        N=batch,
+        C=chunk,
+        W=max(0, mixer.options.get("window", 0) - 1),
+        J=groups,
+        A=groups,
+        D=heads,
+        E=key_dim,
+    )
 
 
 def get(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mixers.call import Call
     from mixers.mixer import Mixer
     from mixers.packing import Pack
+    from mixers.result import Result
 
 
 class Library(Protocol):
@@ -46,6 +47,28 @@ class Library(Protocol):
 
     def scan(self, step: Any, state: tuple[Array, ...], tokens: dict[str, Array]) -> tuple[Array, tuple[Array, ...]]:
         """Run ``step(token, state) -> (y, state)`` along axis 1 of all ``tokens``; stack the outputs there."""
+
+    def largest(self, counts: Array) -> int | None:
+        """The largest of some counts, 0 for none; None while they are traced."""
+
+    def first_nan(self, array: Array) -> tuple[int, ...] | None:
+        """The first position of a NaN; None for none, and where looking would cost a wait."""
+
+    def host(self, counts: Array) -> np.ndarray | None:
+        """Whole numbers as a NumPy array; None while they are traced."""
+
+    def given(self, call: "Call") -> Arrays:
+        """The arrays of a call with its first state filled in; offsets are checked where that costs no wait."""
+
+    def call(self, mixer: "Mixer", **arguments: Any) -> "Result":
+        """A mixer as a part of a composition."""
+
+    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """An operation with a gradient of its own.
+
+        ``forward(*arrays) -> (outputs, saved)``; ``backward(saved, *gradients) -> gradients``, one an array, None where
+        there is none.
+        """
 
     def bounds(self, offsets: Array) -> list[int]:
         """The offsets of a pack as Python numbers."""
