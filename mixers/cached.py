@@ -1,6 +1,6 @@
 """Memory caching by its parts: the base by a backend's kernels, the states that it leaves at segment ends, and reads.
 
-    base      one call with ``checkpoint_every=segment`` (init="checkpoint"), or one on a batch of segments ("independent")
+    base      one call with ``checkpoint_every=segment``, or one on a batch of segments (init="independent")
     weights   softmax over ⟨u_t, m_i⟩ of finished segments and the causal pool of the unfinished one
     read      of a segment's tokens X = [γ_1 ∘ q', γ_2 ∘ q', …] and the memories C = [C_1; C_2; …] below each other: X C
 
@@ -192,10 +192,8 @@ class _Rows:
         xp, segment = self.xp, self.options["segment"]
         independent = self.options["init"] == "independent"
         state, at, outputs, memories = self.state, 0, [], []
-        if segment != "log" and not (before and ends):
-            whole = 0  # the first piece is a whole segment, or the only one
-        else:
-            whole = len(ends) if segment == "log" else 1
+        # Pieces that are run alone: all of them, or the rest of a segment that has begun.
+        whole = len(ends) if segment == "log" else int(bool(before and ends))
         for end in ends[:whole]:
             y, state, _ = self._call(at, end, state)
             memories.append(self._memories(tuple(a[:, None] for a in state)))

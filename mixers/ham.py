@@ -13,14 +13,15 @@
     q, k [B,T,G,K]   v [B,T,H,V]   beta, log_decay, gate_rnn, gate_kv [B,T,H]   score, kept [B,T] or [B,T,H]
     q' = attn_q [B,T,J,E]   k' = attn_k [B,T,A,E]   v' = attn_v [B,T,D,V]   by default q, k and v; J, A, D divide H
 
-A token is also seen by itself with ``include_self``, and by the ``window`` tokens up to it. ``max_kept`` caps the cache:
-the oldest kept token leaves. No gradient flows through a decision, which is taken in float32 whatever the dtype;
+A token is also seen by itself with ``include_self``, and by the ``window`` tokens up to it. ``max_kept`` caps the
+cache: the oldest kept token leaves. No gradient flows through a decision, which is taken in float32 whatever the dtype;
 ``score_grad`` adds ``log e_i − stopgrad(log e_i)`` to the logits of token ``i``.
 
-Source: arXiv 2603.22325. Ours: ``beta_l2``, ``decide="head"``, ``include_self``, ``window``, ``max_kept``, ``score_grad``
-and ``attn_v``.
+Source: arXiv 2603.22325. Ours: ``beta_l2``, ``decide="head"``, ``include_self``, ``window``, ``max_kept``,
+``score_grad`` and ``attn_v``.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -317,29 +318,16 @@ def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:
 
 
 def refuse(call: Any, given: Any, token: bool) -> None:
-    """Heads that do not fit, a score that is missing or not a number."""
-    s, options = call.sizes, call.options
+    """Heads that do not fit, a score that is no number."""
+    s = call.sizes
     for name, heads in (("attn_q", s.J), ("attn_k", s.A), ("attn_v", s.D)):
         if heads == 0 or s.H % heads:
             raise ValueError(f"ham: {name} has {heads} heads; expected a divisor of the {s.H} heads of v")
-    score, kept = call.x.get("score"), call.x.get("kept")
-    if options["router"] == "given" and score is None:
-        raise ValueError("ham: score is missing; router='given' takes score [B,T], what a router of yours says")
-    if options["router"] != "given" and score is not None:
-        raise ValueError(
-            f"ham: got a score, but router={options['router']!r} makes its own; take router='given', or leave it out"
-        )
-    for name, array in (("score", score), ("kept", kept)):
-        if array is not None and options["decide"] == "all" and array.ndim > 2:
-            raise ValueError(
-                f"ham: {name} has shape {tuple(array.shape)}, expected [B,T]: decide='all' takes one decision for all "
-                "heads; take decide='head' for one each"
-            )
-    if score is not None:
-        at = call.library.first_nan(score)
-        if at is not None:
-            where = ", ".join(map(str, at))
-            raise ValueError(f"ham: score is NaN at [{where}], the first of its positions; a decision wants a number")
+    score = call.x.get("score")
+    at = None if score is None else call.library.first_nan(score)
+    if at is not None:
+        where = ", ".join(map(str, at))
+        raise ValueError(f"ham: score is NaN at [{where}], the first of its positions; a decision wants a number")
 
 
 def remark(mixer: Any, call: Any) -> str:
@@ -358,11 +346,22 @@ def remark(mixer: Any, call: Any) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _specialised(key: str) -> MixerSpec:
-    import dataclasses
-
     from mixers.hybrid import compose
 
-    return dataclasses.replace(ham, reserve=_reserve(json.loads(key)), compose=compose)
+    options = json.loads(key)
+    return dataclasses.replace(ham, inputs=_inputs(options), reserve=_reserve(options), compose=compose)
+
+
+def _inputs(options: Options) -> tuple[Arg, ...]:
+    """A score where the caller routes, a decision a head where heads decide alone."""
+    rows = "B T | B T H" if options["decide"] == "head" else "B T"
+    score = Arg("score", rows, "what the caller's router says, compared with the threshold", draw="gate")
+    return (
+        *_RECURRENCE,
+        *((score,) if options["router"] == "given" else ()),
+        Arg("kept", rows, "forces the decisions", optional=True, draw="flag", flag=True),
+        *_REST,
+    )
 
 
 def specialise(options: Options) -> MixerSpec:
@@ -395,6 +394,22 @@ def _is_cap(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
+_RECURRENCE = (
+    QUERY,
+    KEY,
+    VALUE,
+    BETA,
+    Arg(SCALAR_DECAY.name, SCALAR_DECAY.axes, SCALAR_DECAY.doc, optional=True, draw=SCALAR_DECAY.draw),
+)
+_REST = (
+    Arg("attn_q", "B T J E", "queries of the attention; default q", optional=True),
+    Arg("attn_k", "B T A E", "its keys; default k", optional=True),
+    Arg("attn_v", "B T D V", "its values; default v", optional=True),
+    Arg("gate_rnn", "B T H", "factor on the recurrence's output; default 1", optional=True, draw="gate"),
+    Arg("gate_kv", "B T H", "factor on the attention's output; default 1", optional=True, draw="gate"),
+)
+_ROUTERS = ("cosine", "l2", "beta_l2", "given")
+
 ham = MixerSpec(
     name="ham",
     summary="a gated delta rule, and attention over the tokens that it predicts badly",
@@ -405,24 +420,18 @@ ham = MixerSpec(
         "y = gate_rnn ∘ o_rnn + gate_kv ∘ o_kv"
     ),
     source="arXiv 2603.22325; beta_l2, decide='head', include_self, window, max_kept, score_grad, attn_v are ours",
-    inputs=(
-        QUERY,
-        KEY,
-        VALUE,
-        BETA,
-        Arg(SCALAR_DECAY.name, SCALAR_DECAY.axes, SCALAR_DECAY.doc, optional=True, draw=SCALAR_DECAY.draw),
-        Arg("attn_q", "B T J E", "queries of the attention; default q", optional=True),
-        Arg("attn_k", "B T A E", "its keys; default k", optional=True),
-        Arg("attn_v", "B T D V", "its values; default v", optional=True),
-        Arg("score", "B T | B T H", "what router='given' compares with the threshold", optional=True, draw="gate"),
-        Arg("kept", "B T | B T H", "forces the decisions", optional=True, draw="flag", flag=True),
-        Arg("gate_rnn", "B T H", "factor on the recurrence's output; default 1", optional=True, draw="gate"),
-        Arg("gate_kv", "B T H", "factor on the attention's output; default 1", optional=True, draw="gate"),
-    ),
+    inputs=_inputs({"decide": "all", "router": "cosine"}),
     parameters=(Arg("threshold", "", "instead of the option, where it moves", optional=True, draw="gate"),),
     options=(
         Option("threshold", 0.5, "keeps a token whose error is as large", _is_threshold, "a number", (0.9,)),
-        choice("router", ("cosine", "l2", "beta_l2", "given"), "how a token's error is measured"),
+        Option(
+            "router",
+            "cosine",
+            "how a token's error is measured; 'given' takes score [B,T], or [B,T,H] with decide='head'",
+            _ROUTERS.__contains__,
+            "one of " + ", ".join(map(repr, _ROUTERS)),
+            _ROUTERS[:3],
+        ),
         choice("decide", ("all", "head"), "one decision for all heads, or one each"),
         switch("include_self", False, "a token sees itself, kept or not"),
         Option("window", 0, "a token sees the last so many, itself among them", _is_window, "a whole number", (0, 3)),

@@ -13,8 +13,8 @@ A sequence is cut in segments. The memory ``C_i`` at the end of each finished on
 
 ``init="checkpoint"`` lets a segment start from the last state, ``"independent"`` from the base's first.
 
-Source: arXiv 2602.24281. Ours: the mean as the default pool, the causal mean of the unfinished segment, and that segments
-of equal length go on across calls.
+Source: arXiv 2602.24281. Ours: the mean as the default pool, the causal mean of the unfinished segment, and that
+segments of equal length go on across calls.
 """
 
 import functools
@@ -44,7 +44,8 @@ from mixers.spec import (
 BASES: dict[str, MixerSpec] = {s.name: s for family in (linear, delta, lattice, ttt, ttt_mlp) for s in family.SPECS}
 """Mixers that may be wrapped, and those that a caller wrapped before."""
 
-QUERY = Arg("memory_query", "B T H K", "what the segments' keys are matched with; not for residual", optional=True)
+QUERY = Arg("memory_query", "B T H K", "what the segments' keys are matched with")
+UNUSED_QUERY = Arg(QUERY.name, QUERY.axes, "not read by aggregate='residual'", optional=True)
 
 OWN = (
     Field("pooled", "N S H K", "mean or sum of the keys of each finished segment"),
@@ -348,17 +349,12 @@ def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:
 
 
 def refuse(call: Any, given: Any, token: bool) -> None:
-    """``segment="log"`` cannot stream, and all but residual want a query."""
+    """``segment="log"`` cannot stream."""
     options = call.options
     if options["segment"] == "log" and (token or isinstance(given, MemoryCachingState)):
         raise ValueError(
             "memory_caching: segment='log' cuts a sequence by the binary expansion of its length, which streaming does "
             "not know; take a whole number for segment, or pass the whole sequence at once"
-        )
-    if options["aggregate"] != "residual" and call.x.get(QUERY.name) is None:
-        raise ValueError(
-            f"memory_caching: memory_query is missing; aggregate={options['aggregate']!r} matches it with the keys of "
-            "each segment (aggregate='residual' goes without)"
         )
 
 
@@ -373,7 +369,7 @@ def _specialised(key: str) -> MixerSpec:
         summary=memory_caching.summary,
         equations=memory_caching.equations,
         source=memory_caching.source,
-        inputs=(*base.inputs, QUERY),
+        inputs=(*base.inputs, QUERY if options["aggregate"] != "residual" else UNUSED_QUERY),
         parameters=base.parameters,
         options=memory_caching.options,
         state=layout_of,
