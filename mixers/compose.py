@@ -18,7 +18,9 @@ def run(mixer: "Mixer", call: "Call") -> Arrays:
     """Forward, differentiable where the library is."""
     spec, library = call.spec, call.library
     assert spec.compose is not None
-    return spec.compose(library, mixer, call, library.given(call))
+    compose = library.untraced(spec.compose)
+    found: Arrays = compose(library, mixer, call, library.given(call))
+    return found
 
 
 def vjp(mixer: "Mixer", call: "Call") -> tuple[Arrays, Any]:

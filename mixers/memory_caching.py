@@ -166,6 +166,8 @@ def adopt(xp: Any, given: Any, sizes: Sizes, options: Options) -> tuple[Array, .
         assert layout.flatten is not None
         return layout.flatten(given)
     base, base_options = base_of(options["base"])
+    if isinstance(given, (tuple, list)) and (base.adopt is None or len(given) == len(layout.fields)):
+        return tuple(given)
     inner = (given,) if base.adopt is None else base.adopt(xp, given, sizes, base_options)
     if len(inner) != len(base.state(base_options).fields):
         return tuple(inner)  # the caller of this function says what was expected

@@ -70,6 +70,9 @@ class Library(Protocol):
         there is none.
         """
 
+    def untraced(self, function: Any) -> Any:
+        """The function, left out of a compiler's graph where the library has a compiler that would follow it."""
+
     def bounds(self, offsets: Array) -> list[int]:
         """The offsets of a pack as Python numbers."""
 

@@ -95,6 +95,10 @@ class JAX:
         outputs: tuple[Array, ...] = run(*arrays)
         return outputs
 
+    def untraced(self, function: Any) -> Any:
+        """The function itself."""
+        return function
+
     def bounds(self, offsets: Array) -> list[int]:
         """Python numbers."""
         return host.bounds(offsets)

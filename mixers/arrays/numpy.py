@@ -90,6 +90,10 @@ class NumPy:
         outputs: tuple[Array, ...] = forward(*arrays)[0]
         return outputs
 
+    def untraced(self, function: Any) -> Any:
+        """The function itself."""
+        return function
+
     def bounds(self, offsets: Array) -> list[int]:
         """Python numbers."""
         return [int(n) for n in offsets]

@@ -111,6 +111,10 @@ class Torch:
         outputs: tuple[Array, ...] = _Custom.apply(forward, backward, *arrays)  # type: ignore[no-untyped-call]
         return outputs
 
+    def untraced(self, function: Any) -> Any:
+        """The function as a break of the graph: how much is kept decides shapes."""
+        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
     def bounds(self, offsets: Array) -> list[int]:
         """Python numbers: on a GPU this waits for the device."""
         numbers: list[int] = offsets.tolist()
