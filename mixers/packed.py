@@ -40,6 +40,10 @@ def packed_attention(
     library: Any, backend: str, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float
 ) -> tuple[Array, Array]:
     """``(y, lse)`` by a backend's kernel where one serves these arrays, by array operations where none does."""
+    if k.shape[2] != v.shape[2]:
+        most = max(k.shape[2], v.shape[2])
+        most = most if most % min(k.shape[2], v.shape[2]) == 0 else q.shape[2]
+        k, v = (a if a.shape[2] == most else library.namespace.repeat(a, most // a.shape[2], axis=2) for a in (k, v))
     kernel = _kernel(library, backend, q, k, v)
     if kernel is None:
         return by_arrays(library, q, k, v, low, high, scale)

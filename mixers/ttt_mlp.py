@@ -167,6 +167,13 @@ def _flops(sizes: Sizes, options: Options) -> float:
     return 48.0 * sizes.K * sizes.K
 
 
+def compose(library: Any, mixer: Any, call: Any, x: dict[str, Array]) -> dict[str, Array]:
+    """By mini-batches; see ``mixers.ttt_chunks``."""
+    from mixers import ttt_chunks
+
+    return ttt_chunks.compose(library, mixer, call, x)
+
+
 ttt_mlp = MixerSpec(
     name="ttt_mlp",
     summary="a network of two layers trained on the passing tokens, one gradient step a mini-batch",
@@ -191,6 +198,7 @@ ttt_mlp = MixerSpec(
     spacing=ttt_linear.spacing,
     kept=lambda options: tuple(Field(f.name, f.axes.replace("N", "R", 1)) for f in WEIGHTS),
     exact_in_chunks=False,
+    compose=compose,
 )
 
 SPECS = (ttt_mlp,)

@@ -5,6 +5,7 @@ Light to import: the kernels, and Numba with them, load when a plan is made.
 
 import importlib.util
 from importlib import import_module
+from typing import Any
 
 from mixers.backend import Kernel, Place, Support
 
@@ -29,6 +30,10 @@ class NumbaBackend:
     def kernels(self) -> tuple[Kernel, ...]:
         """All kernels, in order of preference; imports Numba."""
         return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
+
+    def primitives(self) -> dict[str, Any]:
+        """Kernels that compositions call; see ``mixers.packed``."""
+        return {"packed_attention": import_module(".packed_attention", __package__).PRIMITIVE}
 
 
 backend = NumbaBackend()

@@ -36,6 +36,6 @@ def convention(spec: MixerSpec, options: Options) -> Convention:
 
     A composition is fed as its first part is.
     """
-    if spec.compose is not None:
+    if spec.parts(options):
         return convention(*spec.parts(options)[0])
     return _BY_NAME.get(spec.name, RECURRENCE if spec.reserve is None else CACHE)

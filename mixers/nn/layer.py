@@ -299,7 +299,7 @@ def _gates(
     """A gate for every input that the spec declares beyond q, k and v."""
     gates: dict[str, Gate] = {}
     for arg in spec.inputs[3:]:
-        if arg.name in OWN:
+        if arg.name in OWN or (arg.name == "memory_query" and arg.optional):
             continue
         if arg.draw == "gate":
             shape = _gate_shape(spec, arg, sizes, slot_beta and arg.name == "beta")
