@@ -7,6 +7,7 @@ of its programs too.
 import importlib.util
 import sys
 from importlib import import_module
+from typing import Any
 
 from mixers.backend import Kernel, Place, Support
 
@@ -33,6 +34,10 @@ class NumbaBackend:
         """All kernels, in order of preference; imports Numba."""
         families = (*_FAMILIES, "xla") if "jax" in sys.modules else _FAMILIES
         return tuple(kernel for family in families for kernel in import_module(f".{family}", __package__).KERNELS)
+
+    def primitives(self) -> dict[str, Any]:
+        """Kernels that compositions call; see ``mixers.packed``."""
+        return {"packed_attention": import_module(".packed_attention", __package__).PRIMITIVE}
 
 
 backend = NumbaBackend()

@@ -63,7 +63,47 @@ class JAX:
 
         tokens = {name: jnp.moveaxis(a, 1, 0) for name, a in tokens.items()}
         state, outputs = jax.lax.scan(body, state, tokens)
-        return jnp.moveaxis(outputs, 0, 1), state
+        return jax.tree_util.tree_map(lambda a: jnp.moveaxis(a, 0, 1), outputs), state
+
+    def largest(self, counts: Array) -> int | None:
+        """A Python number; unknown while traced."""
+        return None if isinstance(counts, jax.core.Tracer) else int(counts.max(initial=0))
+
+    def first_nan(self, array: Array) -> tuple[int, ...] | None:
+        """A position; unknown while traced."""
+        return None if isinstance(array, jax.core.Tracer) else host.first_nan(np.asarray(array))
+
+    def host(self, counts: Array) -> np.ndarray | None:
+        """The numbers; unknown while traced."""
+        return None if isinstance(counts, jax.core.Tracer) else np.asarray(counts)
+
+    def given(self, call: Call) -> Arrays:
+        """The arrays, with the spec's first state wherever the caller gave none."""
+        x = dict(call.x)
+        if x["offsets"] is not None:
+            check_offsets(x["offsets"], call.sizes.T)
+        fill_first_state(call, x)
+        return x
+
+    def call(self, mixer: Mixer, **arguments: Any) -> Result:
+        """A call."""
+        return mixer(**arguments)
+
+    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """A ``custom_vjp``."""
+
+        @jax.custom_vjp
+        def run(*arrays: Array) -> tuple[Array, ...]:
+            outputs: tuple[Array, ...] = forward(*arrays)[0]
+            return outputs
+
+        run.defvjp(forward, lambda saved, gradients: tuple(backward(saved, *gradients)))
+        outputs: tuple[Array, ...] = run(*arrays)
+        return outputs
+
+    def untraced(self, function: Any) -> Any:
+        """The function itself."""
+        return function
 
     def bounds(self, offsets: Array) -> list[int]:
         """Python numbers."""
@@ -262,7 +302,7 @@ def _nothing(problem: Problem, x: Arrays) -> Arrays:
 
 
 def _flatten(result: Result) -> tuple[tuple[Any, ...], None]:
-    return (result[0], result[1], result.checkpoints), None
+    return (result[0], result[1], result.checkpoints, result.kept, result.score), None
 
 
 jax.tree_util.register_pytree_node(Result, _flatten, lambda _, parts: Result(*parts))
