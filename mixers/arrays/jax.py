@@ -82,7 +82,7 @@ class JAX:
         x = dict(call.x)
         if x["offsets"] is not None:
             check_offsets(x["offsets"], call.sizes.T)
-        fill_first_state(call, x)
+        fill_first_state(call, x, counters=True)
         return x
 
     def call(self, mixer: Mixer, **arguments: Any) -> Result:
