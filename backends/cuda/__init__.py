@@ -28,6 +28,7 @@ class CudaBackend:
     preference = 25
     recomputes = True
     place = Place(("torch", "cuda"), ("cuda",))
+    libraries = ("numba", "numba-cuda")
 
     def status(self) -> Support:
         """Whether Numba-CUDA is installed and a driver found, or Numba's simulator stands in for both."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mixers.call import Call
     from mixers.mixer import Mixer
     from mixers.packing import Pack
+    from mixers.result import Result
 
 
 class Library(Protocol):
@@ -47,6 +48,31 @@ class Library(Protocol):
     def scan(self, step: Any, state: tuple[Array, ...], tokens: dict[str, Array]) -> tuple[Array, tuple[Array, ...]]:
         """Run ``step(token, state) -> (y, state)`` along axis 1 of all ``tokens``; stack the outputs there."""
 
+    def largest(self, counts: Array) -> int | None:
+        """The largest of some counts, 0 for none; None while they are traced."""
+
+    def first_nan(self, array: Array) -> tuple[int, ...] | None:
+        """The first position of a NaN; None for none, and where looking would cost a wait."""
+
+    def host(self, counts: Array) -> np.ndarray | None:
+        """Whole numbers as a NumPy array; None while they are traced."""
+
+    def given(self, call: "Call") -> Arrays:
+        """The arrays of a call with its first state filled in; offsets are checked where that costs no wait."""
+
+    def call(self, mixer: "Mixer", **arguments: Any) -> "Result":
+        """A mixer as a part of a composition."""
+
+    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """An operation with a gradient of its own.
+
+        ``forward(*arrays) -> (outputs, saved)``; ``backward(saved, *gradients) -> gradients``, one an array, None where
+        there is none.
+        """
+
+    def untraced(self, function: Any) -> Any:
+        """The function, left out of a compiler's graph where the library has a compiler that would follow it."""
+
     def bounds(self, offsets: Array) -> list[int]:
         """The offsets of a pack as Python numbers."""
 
@@ -67,6 +93,9 @@ class Library(Protocol):
 
     def prepare(self, mixer: "Mixer") -> None:
         """Define what must exist before a call of the mixer is traced."""
+
+    def again(self, mixer: "Mixer", x: Arrays, state: bool, checkpoint_every: int | None) -> "Result | None":
+        """The result of a call like one that was seen before; None where the long way must be gone."""
 
     def run(self, mixer: "Mixer", call: "Call") -> Arrays:
         """Run a call, differentiably where the library has autodiff; arrays named as in ``mixers.problem``."""

@@ -23,7 +23,7 @@ class Pinned(Mixer):
         # Operators find a mixer by its key.
         mixer_module._from_key[self.key] = self
 
-    def plan(self, problem: Problem) -> Plan:
+    def plan(self, problem: Problem, again: bool = False) -> Plan:
         """The one kernel.
 
         Raises:
