@@ -25,7 +25,7 @@ PINS = ("-c", "constraints.txt")
 # them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
 SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "5000")
-SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "--most", "500")
+SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "500")
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 TESTS = {
     "reference": ("", ("tests", "--backend", "reference", "--share", "24")),

@@ -83,12 +83,12 @@ def test_ptx_without_a_gpu(kernel: Any, dtype: str, generation: str, compiled: d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", ["sm_90"])
-def test_ptx_of_a_single_token(generation: str, compiled: dict[Any, str]) -> None:
+@pytest.mark.parametrize(("dtype", "generation"), [("bfloat16", "sm_90")])
+def test_ptx_of_a_single_token(dtype: str, generation: str, compiled: dict[Any, str]) -> None:
     kernel = next(k for k in home.backend.kernels() if "kda" in k.mixers)
-    problem, _, given, out = prepared(kernel, "bfloat16", tokens=1)
+    problem, _, given, out = prepared(kernel, dtype, tokens=1)
     kernel.forward(problem, kernel.configs(problem)[0], given, out)
     turned = given["initial.state"].transpose(2, 3).contiguous().transpose(2, 3)
     kernel.forward(problem, kernel.configs(problem)[0], given | {"initial.state": turned}, out)
     assert {module for module, _ in compiled} == {"delta_step"} and len(compiled) == 2
-    check(compiled, "bfloat16", generation)
+    check(compiled, dtype, generation)

@@ -37,8 +37,8 @@ MOST_HELD, SEGMENTS, MOST_SHARED = 64, (8, 4) if SIMULATED else (32, 16, 8, 4), 
 # Bytes of shared memory that a block has without asking.
 STATIC_SHARED = 48 * 1024
 
-# Rows that a thread of the step loads at once, four columns of each.
-MOST_ROWS = 16
+# Rows that a thread of the step loads at once, four columns of each: at most, and where there are few heads.
+MOST_ROWS, FEW_ROWS = 16, 8
 
 FORWARD, BACKWARD, GATHER = Program("delta_forward"), Program("delta_backward"), Program("delta_gather")
 STEP = Program("delta_step")
@@ -147,7 +147,9 @@ def step_layouts(problem: Problem) -> list[dict[str, int]]:
         if rows <= most:
             warps = min(4, -(-value_dim // (4 * WARP // groups)))
             found.append({"groups": groups, "rows": rows, "warps": warps})
-    return found
+    if problem.parallel > PROCESSORS:
+        return found
+    return sorted(found, key=lambda config: abs(config["rows"] - FEW_ROWS))
 
 
 def cost(problem: Problem, config: Config) -> float:
