@@ -21,8 +21,8 @@ PINS = ("-c", "constraints.txt")
 # What each session installs, and no more, so that a stray import of another library fails; and what it checks. torch
 # brings autodiff, so its session checks everything; XLA compiles seconds for a case, so few are checked with it.
 # Triton's kernels run in its interpreter and those of CUDA in Numba's simulator, where a case takes seconds.
-# `--share n` takes every n-th case of the laws, another part for every kernel and dtype: `pytest tests` without it takes
-# them all, which lasts an hour.
+# `--share n` takes every n-th case of the laws, another part for every kernel and dtype: `pytest tests` without it
+# takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
 SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "5000")
 SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "--most", "500")
