@@ -257,7 +257,8 @@ def _apply(static: _Static, x: Arrays) -> Arrays:
 def _differentiable(static: _Static, x: Arrays) -> Arrays:
     out: Arrays = {}
     static.plan.forward(static.problem, x, out)
-    return vary(dict(_stored(static.problem, out)), x)
+    found: Arrays = vary(dict(_stored(static.problem, out)), x)
+    return found
 
 
 def _stored(problem: Problem, out: Arrays) -> Iterator[tuple[str, Array]]:
