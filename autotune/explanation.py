@@ -80,7 +80,7 @@ class Explanation:
         trials = _trials(choice)
         rows = []
         for candidate in self.candidates:
-            mine = chosen is not None and (candidate.name, candidate.config is None) == (chosen.name, not chosen.kernel)
+            mine = chosen is not None and bool(candidate.support) and candidate.name == chosen.name
             config = (chosen.config if mine and chosen else candidate.config) or {}
             trial = trials.pop((candidate.name, _pairs(config)), None)
             predicted = predict(self.problem, candidate.kernel, 0, part, device) if candidate.kernel else 0.0

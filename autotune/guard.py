@@ -15,7 +15,10 @@ from mixers.autotune.rig import Named
 from mixers import mixer as mixer_module
 from mixers.backend import Config, Kernel
 from mixers.cases import Setting, draw, seeds
-from mixers.check import EPSILON, Case, Pinned, Verdict, compare, truth, worse
+from mixers.check import Case
+from mixers.check.pinned import Pinned
+from mixers.check.truth import truth
+from mixers.check.verdict import EPSILON, Verdict, compare, worse
 from mixers.mixer import Plan
 from mixers.problem import Problem
 

@@ -113,6 +113,9 @@ def check_kernel(spec: MixerSpec, asked: Asked) -> None:
 
 def candidates(problem: Problem, asked: Asked) -> Iterator[Candidate]:
     """Every way to run a problem, best first, as far as can be told without measuring."""
+    if problem.spec.compose is not None:
+        yield from _composed(problem, asked)
+        return
     backends = [b for b in installed().values() if asked.backend in ("auto", b.name)]
     ordered = sorted(backends, key=lambda b: -b.preference)
     found = (c for b in ordered for c in _of_backend(problem, b, asked))
@@ -121,6 +124,23 @@ def candidates(problem: Problem, asked: Asked) -> Iterator[Candidate]:
         varies = "its sums are its library's, whose order may depend on the batch"
         invariant = problem.flags.batch_invariant
         yield Candidate(REFERENCE, None, None, Support.no(varies) if invariant else Support.yes())
+
+
+def _composed(problem: Problem, asked: Asked) -> Iterator[Candidate]:
+    """A composition runs where a backend has kernels for its parts."""
+    backends = [b for b in installed().values() if asked.backend in ("auto", b.name)]
+    for b in sorted(backends, key=lambda b: -b.preference):
+        missing = ""
+        for part, options in problem.spec.parts(problem.option):
+            inner = dataclasses.replace(problem, spec=part, options=tuple(options.items()))
+            found = list(_of_backend(inner, b, asked))
+            if not any(c.support for c in found):
+                why = "; ".join(c.support.reason for c in found) or "no kernel"
+                missing = f"its {part.name} cannot run: {why}"
+        support = Support.no(missing) if missing else Support.yes()
+        yield Candidate(b.name, None, {} if support else None, support)
+    if asked.backend in ("auto", REFERENCE):
+        yield Candidate(REFERENCE, None, None, Support.yes())
 
 
 def _of_backend(problem: Problem, backend: Backend, asked: Asked) -> Iterator[Candidate]:

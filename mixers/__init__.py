@@ -16,7 +16,9 @@ if not (_here / "backends").exists() and (_here.parent / "backends" / "__init__.
 if TYPE_CHECKING:
     from mixers.attention import AttentionState as AttentionState
     from mixers.backend import backend_status as backend_status
+    from mixers.ham import HAMState as HAMState
     from mixers.lattice import LatticeState as LatticeState
+    from mixers.memory_caching import MemoryCachingState as MemoryCachingState
     from mixers.mixer import Mixer as Mixer
     from mixers.mixer import get as get
     from mixers.packing import Pack as Pack
@@ -27,16 +29,20 @@ if TYPE_CHECKING:
     from mixers.result import Result as Result
     from mixers.spec import MixerSpec as MixerSpec
     from mixers.ttt import TTTLinearState as TTTLinearState
+    from mixers.ttt_mlp import TTTMLPState as TTTMLPState
 
 # What is public and where it lives; each is imported when first asked for, so that `import mixers` stays instant.
 _HOMES = {
     "AttentionState": "attention",
+    "HAMState": "ham",
     "LatticeState": "lattice",
+    "MemoryCachingState": "memory_caching",
     "Mixer": "mixer",
     "MixerSpec": "spec",
     "Pack": "packing",
     "Result": "result",
     "TTTLinearState": "ttt",
+    "TTTMLPState": "ttt_mlp",
     "backend_status": "backend",
     "get": "mixer",
     "get_spec": "registry",

@@ -5,6 +5,7 @@ S [..., K, V]   state, row i is slot i      k, q [..., K]      u, v [..., V]
 
 import functools
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,24 @@ def unit_directions(rows: int, columns: int) -> np.ndarray:
     unit: np.ndarray = matrix / np.linalg.norm(matrix, axis=-1, keepdims=True)
     unit.flags.writeable = False
     return unit
+
+
+def softmax(xp: Any, logits: Array, seen: Array) -> Array:
+    """Softmax over the last axis of what is seen, zeros elsewhere; all zeros where nothing is."""
+    low = xp.where(seen, logits, xp.full_like(logits, -math.inf))
+    top = xp.max(low, axis=-1, keepdims=True)
+    top = stop(xp.where(top == -math.inf, xp.zeros_like(top), top))
+    weights = xp.where(seen, xp.exp(xp.where(seen, logits - top, xp.zeros_like(logits))), xp.zeros_like(logits))
+    total = xp.sum(weights, axis=-1, keepdims=True)
+    return weights / xp.where(total == 0, xp.ones_like(total), total)
+
+
+def stop(x: Array) -> Array:
+    """The same numbers, through which no gradient flows."""
+    if hasattr(x, "detach"):
+        return x.detach()
+    jax = sys.modules.get("jax")
+    return jax.lax.stop_gradient(x) if jax is not None and isinstance(x, jax.Array) else x
 
 
 def device_of(array: Array) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mixers.problem import Arrays, Flags, Problem
 from mixers.spec import Arg, Array, Field, MixerSpec, Options, Sizes, unknown
 
 FLOATING = ("float64", "float32", "bfloat16", "float16")
+FLAGS = ("bool", "int32", "int64", "uint8", *FLOATING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ def validate(
     bound = _axes(spec, options, library, inputs, token)
     x: Arrays = {a.name: inputs[a.name] for a in (*spec.inputs, *spec.parameters) if inputs.get(a.name) is not None}
     if token:
-        x = {a.name: x[a.name][:, None] for a in spec.inputs if a.name in x} | {
+        x = {a.name: _one_token(x[a.name]) for a in spec.inputs if a.name in x} | {
             a.name: x[a.name] for a in spec.parameters if a.name in x
         }
     host, x["offsets"], sequences = _offsets(spec, library, cu_seqlens, bound, x["q"])
@@ -88,11 +89,26 @@ def validate(
         K=bound["K"],
         V=bound.get("V", bound["K"]),
         N=sequences,
-        C=options.get("chunk_size", 1),
+        C=spec.chunk(options),
+        W=max(0, options.get("window", 0) - 1),
+        J=bound.get("J", bound["G"]),
+        A=bound.get("A", bound["G"]),
+        D=bound.get("D", bound["H"]),
+        E=bound.get("E", bound["K"]),
     )
     if initial_state is not None:
         sizes = _adopt(spec, options, library, initial_state, sizes, x)
-    return Call(spec, options, library, x, sizes, flags, host)
+    call = Call(spec, options, library, x, sizes, flags, host)
+    if spec.refuse is not None:
+        spec.refuse(call, initial_state, token)
+    return call
+
+
+def _one_token(array: Array) -> Array:
+    """With an axis of time; Numba's arrays know of no new axes, but of new shapes."""
+    if type(array).__module__.startswith("numba."):
+        return array.reshape(array.shape[0], 1, *array.shape[1:])
+    return array[:, None]
 
 
 # The axes of NumPy arrays that were found in order: a decoded token looks like the one before it.
@@ -104,7 +120,7 @@ def _axes(spec: MixerSpec, options: Options, library: Library, inputs: Arrays, t
     if library.name != "numpy":
         return _check_inputs(spec, options, library, inputs, token)
     looks = ((n, type(a), getattr(a, "dtype", None), getattr(a, "shape", None)) for n, a in inputs.items())
-    key = (spec, options.get("chunk_size"), token, *looks)
+    key = (spec, spec.chunk(options), token, *looks)
     found = _seen.get(key)
     if found is None:
         if len(_seen) >= 4096:
@@ -122,7 +138,7 @@ def _check_inputs(spec: MixerSpec, options: Options, library: Library, inputs: A
             if not arg.optional:
                 raise ValueError(f"{spec.name}: {arg.name} is missing; it takes {_names(spec)}")
             continue
-        _check_array(spec, library, arg.name, array, inputs["q"], strict=arg.name in ("q", "k", "v"))
+        _check_array(spec, library, arg, array, inputs["q"])
         _bind(spec, options, arg, array, bound, token)
     known = {arg.name for arg in (*spec.inputs, *spec.parameters)}
     for name, array in inputs.items():
@@ -136,20 +152,27 @@ def _names(spec: MixerSpec) -> str:
     return ", ".join(a.name + (" (optional)" if a.optional else "") for a in (*spec.inputs, *spec.parameters))
 
 
-def _check_array(spec: MixerSpec, library: Library, name: str, array: Array, inputs_q: Array, strict: bool) -> None:
+def _check_array(spec: MixerSpec, library: Library, arg: Arg, array: Array, inputs_q: Array) -> None:
     """Library, kind of dtype, device; ``q``, ``k`` and ``v`` also share one dtype."""
+    name, strict = arg.name, arg.name in ("q", "k", "v")
     other = library_of(array, name)
     if other is not library:
         raise TypeError(
             f"{spec.name}: {name} is a {other.name} array and q a {library.name} array; convert them to one library"
         )
     dtype, wanted = library.dtype(array), library.dtype(inputs_q)
-    if dtype not in FLOATING:
-        raise TypeError(f"{spec.name}: {name} has dtype {dtype}; expected one of {', '.join(FLOATING)}")
+    allowed = FLAGS if arg.flag else FLOATING
+    if dtype not in allowed:
+        raise TypeError(f"{spec.name}: {name} has dtype {dtype}; expected one of {', '.join(allowed)}")
     if strict and dtype != wanted:
         raise TypeError(f"{spec.name}: {name} has dtype {dtype} and q {wanted}; q, k and v share one dtype")
     if not library.same_device(array, inputs_q):
-        raise TypeError(f"{spec.name}: {name} is on {array.device} and q on {inputs_q.device}; move them together")
+        raise TypeError(f"{spec.name}: {name} is on {_place(array)} and q on {_place(inputs_q)}; move them together")
+
+
+def _place(array: Array) -> str:
+    """Where an array lies, for a message: Numba's have no device to tell."""
+    return str(getattr(array, "device", "another GPU"))
 
 
 def _bind(spec: MixerSpec, options: Options, arg: Arg, array: Array, bound: dict[str, int], token: bool) -> None:
@@ -160,7 +183,7 @@ def _bind(spec: MixerSpec, options: Options, arg: Arg, array: Array, bound: dict
         if len(axes) != len(shape):
             continue
         for axis, size in zip(axes, shape, strict=True):
-            known = options["chunk_size"] if axis == "C" else bound.get(axis)
+            known = spec.chunk(options) if axis == "C" else bound.get(axis)
             if known is None:
                 bound[axis] = size
             elif known != size:
@@ -185,7 +208,7 @@ def _wrong_shape(spec: MixerSpec, arg: Arg, shape: Any, bound: dict[str, int], t
 def _check_heads(spec: MixerSpec, bound: dict[str, int]) -> None:
     groups, heads = bound.setdefault("G", bound.get("H", 0)), bound.setdefault("H", bound.get("G", 0))
     if heads != groups and (groups == 0 or heads % groups):
-        few, many = ("k, v", "q") if spec.reserve is not None else ("q, k", "v")
+        few, many = ("k, v", "q") if "G" in spec.arg("v").axes.split() else ("q, k", "v")
         raise ValueError(
             f"{spec.name}: {few} have {groups} heads and {many} has {heads}; expected a whole multiple "
             f"(each head of {few} serves H/G heads of {many}), never the other way round"
@@ -218,16 +241,16 @@ def _adopt(spec: MixerSpec, options: Options, library: Library, given: Any, size
         names = ", ".join(f.name for f in fields)
         raise ValueError(f"{spec.name}: the state has {len(state)} arrays, expected {len(fields)} ({names})")
     for f, array in zip(fields, state, strict=True):
-        if "M" in f.axes.split():
-            sizes = _with_cache(sizes, f, array)
+        for axis in set(f.axes.split()) & {"M", "S"}:
+            sizes = _with_cache(sizes, f, array, axis)
         x[f"initial.{f.name}"] = _check_state(spec, library, f, array, sizes, x["q"])
     return sizes
 
 
-def _with_cache(sizes: Sizes, field: Field, array: Array) -> Sizes:
+def _with_cache(sizes: Sizes, field: Field, array: Array, axis: str) -> Sizes:
     """The sizes with the length of a given cache."""
-    at = field.axes.split().index("M") - len(field.axes.split())
-    return dataclasses.replace(sizes, M=array.shape[at]) if len(array.shape) >= -at else sizes
+    at = field.axes.split().index(axis) - len(field.axes.split())
+    return dataclasses.replace(sizes, **{axis: array.shape[at]}) if len(array.shape) >= -at else sizes
 
 
 def check_kept(spec: MixerSpec, library: Library, what: str, field: Field, array: Array, q: Array) -> None:
@@ -247,7 +270,7 @@ def check_kept(spec: MixerSpec, library: Library, what: str, field: Field, array
         wanted = "int32" if field.counter else f"one of {', '.join(FLOATING)}"
         raise TypeError(f"{spec.name}: {name} has dtype {dtype}; expected {wanted}")
     if not library.same_device(array, q):
-        raise TypeError(f"{spec.name}: {name} is on {array.device} and q on {q.device}; move them together")
+        raise TypeError(f"{spec.name}: {name} is on {_place(array)} and q on {_place(q)}; move them together")
 
 
 def _check_state(spec: MixerSpec, library: Library, field: Field, array: Array, sizes: Sizes, q: Array) -> Array:

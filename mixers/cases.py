@@ -76,7 +76,12 @@ class Setting:
             K=self.key_dim,
             V=self.value_dim,
             N=len(self.lengths),
-            C=self.resolved.get("chunk_size", 1),
+            C=self.spec.chunk(self.resolved),
+            W=max(0, self.resolved.get("window", 0) - 1),
+            J=self.groups,
+            A=self.groups,
+            D=self.heads,
+            E=self.key_dim,
         )
 
     def __str__(self) -> str:
@@ -237,6 +242,10 @@ def _gate(x: np.ndarray) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-x)))
 
 
+def _flag(x: np.ndarray) -> np.ndarray:
+    return np.asarray((x > 0).astype(np.float64))
+
+
 def _log_decay(x: np.ndarray) -> np.ndarray:
     return np.asarray(-np.log1p(np.exp(x)) / 4)
 
@@ -251,6 +260,7 @@ DRAWS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "gate": _gate,
     "log_decay": _log_decay,
     "positive": _positive,
+    "flag": _flag,
 }
 
 

@@ -99,7 +99,8 @@ def check(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="mixers; all by default")] = None,
 ) -> None:
     """Compare every kernel of every available backend with the reference in float64; exit code 1 where one is wrong."""
-    from mixers.check import Case, Verdict, cases
+    from mixers.check import Case, cases
+    from mixers.check.verdict import Verdict
 
     for name in names or ():
         if name not in mixers.names():

@@ -21,6 +21,7 @@ from mixers.algebra import outer, read
 from mixers.linear import (
     CHANNEL_DECAY,
     KEY,
+    MATRIX_MEMORY,
     QUERY,
     SCALAR_DECAY,
     VALUE,
@@ -30,7 +31,7 @@ from mixers.linear import (
     scale_option,
     zero_state,
 )
-from mixers.spec import Arg, Array, MixerSpec, Options, Sizes, switch
+from mixers.spec import Arg, Array, Memory, MixerSpec, Options, Sizes, switch
 
 BETA = Arg("beta", "B T H", "write strength, after its sigmoid", draw="gate")
 L2_EPS = 1e-6
@@ -52,6 +53,16 @@ def step(
     write = token["beta"][..., None] * (token["v"] - read(xp, faded, k))
     memory = faded + outer(k, write)
     return read_scale(options, memory.shape[-2]) * read(xp, memory, q), (memory,)
+
+
+def recall(xp: Any, options: Options, token: Mapping[str, Array], memory: tuple[Array, ...]) -> Array:
+    """``scale · Sᵀ q``, with q normalised where the mixer does that."""
+    return read(xp, memory[0], query(xp, options, token["q"]))
+
+
+def query(xp: Any, options: Options, q: Array) -> Array:
+    """``scale · q``, q normalised."""
+    return read_scale(options, q.shape[-1]) * (l2_normalise(xp, q) if options["qk_l2norm"] else q)
 
 
 def _flops(sizes: Sizes, options: Options) -> float:
@@ -79,6 +90,7 @@ def _spec(name: str, summary: str, decay: str, source: str, gates: tuple[Arg, ..
         first=zero_state,
         step=step,
         flops=_gated_flops if gates else _flops,
+        memory=Memory(MATRIX_MEMORY.fields, MATRIX_MEMORY.of, recall, query),
     )
 
 

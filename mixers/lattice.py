@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixers.algebra import device_of, like, read, rows_dot, unit_directions
-from mixers.linear import KEY, QUERY, SCALAR_DECAY, VALUE, matrix_state
-from mixers.spec import Arg, Array, Field, MixerSpec, Options, Sizes, StateLayout, choice, count, real, switch
+from mixers.linear import KEY, QUERY, SCALAR_DECAY, VALUE, matrix_state, query, recall
+from mixers.spec import Arg, Array, Field, Memory, MixerSpec, Options, Sizes, StateLayout, choice, count, real, switch
 
 
 class LatticeState(NamedTuple):
@@ -126,6 +126,12 @@ def step(
     return y, state
 
 
+def slots_of(xp: Any, options: Options, token: Mapping[str, Array], state: tuple[Array, ...]) -> tuple[Array, ...]:
+    """What a token behind this state would read: the running slots."""
+    slots = given_slots(xp, state[-2] if len(state) > 1 else state[0])
+    return (unit_rows(xp, slots) if len(state) > 1 and options["read_norm"] else slots,)
+
+
 def _flops(sizes: Sizes, options: Options) -> float:
     prediction = 2.0 if options["objective"] == "decoding" else 0.0
     return (8.0 + prediction) * sizes.K * sizes.V
@@ -158,6 +164,7 @@ lattice = MixerSpec(
     first=first_state,
     step=step,
     flops=_flops,
+    memory=Memory((Field("slots", "N H K V"),), slots_of, recall, query),
     adopt=adopt,
     learned=(normalised,),
     spacing=lambda options: options["chunk_size"] * -(-16 // options["chunk_size"]),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mixers.algebra import outer, read
-from mixers.spec import Arg, Array, Field, MixerSpec, Option, Options, Sizes, StateLayout, real
+from mixers.spec import Arg, Array, Field, Memory, MixerSpec, Option, Options, Sizes, StateLayout, real
 
 QUERY = Arg("q", "B T G K", "queries")
 KEY = Arg("k", "B T G K", "keys", draw="unit")
@@ -70,6 +70,24 @@ def step(
     return read_scale(options, memory.shape[-2]) * read(xp, memory, token["q"]), (memory,)
 
 
+def _matrix(xp: Any, options: Options, token: Mapping[str, Array], state: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The state itself."""
+    return state
+
+
+def recall(xp: Any, options: Options, token: Mapping[str, Array], memory: tuple[Array, ...]) -> Array:
+    """``scale · Sᵀ q``."""
+    return read(xp, memory[0], query(xp, options, token["q"]))
+
+
+def query(xp: Any, options: Options, q: Array) -> Array:
+    """``scale · q``."""
+    return read_scale(options, q.shape[-1]) * q
+
+
+MATRIX_MEMORY = Memory((Field("state", "N H K V"),), _matrix, recall, query)
+
+
 def _flops(sizes: Sizes, options: Options) -> float:
     return 4.0 * sizes.K * sizes.V
 
@@ -90,6 +108,7 @@ def _spec(name: str, summary: str, decay: str, source: str, gates: tuple[Arg, ..
         first=zero_state,
         step=step,
         flops=_gated_flops if gates else _flops,
+        memory=MATRIX_MEMORY,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from mixers import compose
 from mixers.arrays import library_of, prepare
 from mixers.autotune import knowledge
 from mixers.autotune.explanation import Explanation
@@ -21,6 +22,7 @@ from mixers.autotune.journal import Decision
 from mixers.autotune.journal import log as decisions
 from mixers.autotune.key import BACKWARD, FORWARD
 from mixers.autotune.policy import (
+    REFERENCE,
     Asked,
     Choice,
     candidates,
@@ -143,8 +145,8 @@ class Mixer:
         check_backend(backend)
         if state_dtype not in _STATE_DTYPES:
             raise ValueError(f"state_dtype={state_dtype!r}; expected one of {', '.join(map(repr, _STATE_DTYPES[1:]))}")
-        self.spec = spec
         self.options = spec.resolve(options)
+        self.spec = spec if spec.specialise is None else spec.specialise(self.options)
         self.backend = backend
         self.state_dtype = state_dtype
         self.allow_tf32 = bool(allow_tf32)
@@ -209,12 +211,18 @@ class Mixer:
             ValueError: an input is missing or misshapen, or an explicit backend cannot serve.
             TypeError: an input is unknown, no array, or of another library, dtype or device.
         """
-        if initial_state is None and cu_seqlens is None:
+        if initial_state is None and cu_seqlens is None and self.spec.settle is None:
             found = library_of(q, "q").again(self, {"q": q, "k": k, "v": v, **gates}, return_state, checkpoint_every)
             if found is not None:
                 return found
         call = self._call(q, k, v, gates, initial_state, cu_seqlens, return_state, checkpoint_every)
-        return self._result(call, call.library.run(self, call))
+        return self._result(call, self._run(call))
+
+    def _run(self, call: Call) -> Arrays:
+        """The outputs of a call by name: by its kernel, by the parts of a composition, or by the reference."""
+        composed = self.spec.compose is not None and self.backend != REFERENCE
+        out = compose.run(self, call) if composed else call.library.run(self, call)
+        return out if self.spec.settle is None else self.spec.settle(call, out)
 
     def step(self, q: Array, k: Array, v: Array, *, state: Any = None, **gates: Array | None) -> Result:
         """Mix one token.
@@ -233,8 +241,8 @@ class Mixer:
             ValueError, TypeError: as in a call.
         """
         call = self._call(q, k, v, gates, state, None, True, None, token=True)
-        out = call.library.run(self, call)
-        out["y"] = out["y"][:, 0]
+        out = self._run(call)
+        out |= {name: out[name][:, 0] for name in ("y", *self.spec.results)}
         return self._result(call, out)
 
     def decode(
@@ -304,7 +312,8 @@ class Mixer:
         from mixers.arrays.numpy import library
         from mixers.vjp import pullback
 
-        out, back = library.vjp(self, call)
+        composed = self.spec.compose is not None and self.backend != REFERENCE
+        out, back = compose.vjp(self, call) if composed else library.vjp(self, call)
         return self._result(call, out), pullback(call, initial_state, out, back)
 
     def init_state(
@@ -374,21 +383,25 @@ class Mixer:
         Takes what a call takes, and ``grad=True`` for its backward too; runs nothing.
         """
         state, pack = rest.pop("initial_state", None), rest.pop("cu_seqlens", None)
-        problem = self._call(q, k, v, rest, state, pack, True, None, grad=grad).problem()
+        call = self._call(q, k, v, rest, state, pack, True, None, grad=grad)
+        problem, note = call.problem(), "" if self.spec.remark is None else self.spec.remark(self, call)
         found = tuple(candidates(whatever_the_batch(problem), self.asked))
         if not any(c.support for c in found):
-            return Explanation(problem, found)
+            return Explanation(problem, found, note=note)
         forward = choose(problem, self.asked)
         choices = [(FORWARD, forward)]
         if grad and forward.candidate.kernel is not None:
             choices.append((BACKWARD, choose_backward(problem, self.asked, forward.candidate)))
-        return Explanation(problem, found, tuple(choices))
+        return Explanation(problem, found, tuple(choices), note)
 
     def warmup(self, q: Array, k: Array, v: Array, *, grad: bool = False, **rest: Any) -> None:
         """Compile now what a call like this one will run, its backward too with ``grad=True``."""
         state, pack = rest.pop("initial_state", None), rest.pop("cu_seqlens", None)
         call = self._call(q, k, v, rest, state, pack, True, None)
-        call.library.warmup(self, call, grad)
+        if self.spec.compose is not None and self.backend != REFERENCE:
+            compose.warmup(self, call, grad)
+        else:
+            call.library.warmup(self, call, grad)
 
     def flags(self, grad: bool, state: bool, checkpoint_every: int) -> Flags:
         """What is asked for in a call, and by the mixer's own keywords."""
@@ -502,6 +515,9 @@ class Mixer:
         grad: bool = False,
         token: bool = False,
     ) -> Call:
+        for name, given in (("checkpoint_every", checkpoint_every), ("return_state", return_state)):
+            if given is not None and not isinstance(given, (int, np.integer, np.bool_)):
+                raise TypeError(f"{name} is a {type(given).__name__}; expected a plain value, known before any tracing")
         every = checkpoint_every or 0
         if every < 0:
             raise ValueError(f"checkpoint_every={every}; expected a whole number from 1 up, or None")
@@ -512,15 +528,30 @@ class Mixer:
     def _result(self, call: Call, out: Arrays) -> Result:
         layout = self.spec.state(self.options)
         state = layout.pack(tuple(out[f"final.{f.name}"] for f in layout.fields)) if call.flags.state else None
-        if not call.flags.checkpoint_every:
-            return Result(out["y"], state)
-        return Result(out["y"], state, layout.pack(tuple(out[f"checkpoint.{f.name}"] for f in layout.fields)))
+        checkpoints = None
+        if call.flags.checkpoint_every:
+            checkpoints = layout.pack(tuple(out[f"checkpoint.{f.name}"] for f in layout.fields))
+        return Result(out["y"], state, checkpoints, **{name: out[name] for name in self.spec.results})
 
 
 def _sizes(mixer: Mixer, batch: int, heads: int, key_dim: int, value_dim: int | None, key_heads: int | None) -> Sizes:
     value_dim = key_dim if value_dim is None else value_dim
-    chunk = mixer.options.get("chunk_size", 1)
-    return Sizes(B=batch, T=0, G=key_heads or heads, H=heads, K=key_dim, V=value_dim, N=batch, C=chunk)
+    groups, chunk = key_heads or heads, mixer.spec.chunk(mixer.options)
+    return Sizes(
+        B=batch,
+        T=0,
+        G=groups,
+        H=heads,
+        K=key_dim,
+        V=value_dim,
+        N=batch,
+        C=chunk,
+        W=max(0, mixer.options.get("window", 0) - 1),
+        J=groups,
+        A=groups,
+        D=heads,
+        E=key_dim,
+    )
 
 
 def get(

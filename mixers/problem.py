@@ -57,7 +57,7 @@ class Problem:
         options: its options as sorted pairs.
         layouts: the axes of every optional or ambiguous input that is present, as ``(("beta", "B T H"),)``.
         dtype: of q, k and v.
-        library: ``numpy``, ``torch`` or ``jax``.
+        library: ``numpy``, ``torch`` or ``jax``, or the package of another array of a GPU, as ``cupy``.
         device: ``cpu``, ``cuda`` or ``tpu``.
         packed: several sequences lie in one row.
         flags: what else was asked for.

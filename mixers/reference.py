@@ -5,7 +5,7 @@ A loop over the spec's ``step`` and nothing else. Its gradients are the array li
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from mixers.algebra import device_of
@@ -14,30 +14,49 @@ from mixers.problem import Arrays, Flags
 from mixers.spec import Array, MixerSpec, Options, Sizes
 
 State = tuple[Array, ...]
+Whole = Callable[[dict[str, Array], dict[str, Array], State, int], tuple[Any, State]]
 
 
-def forward(library: Library, spec: MixerSpec, options: Options, sizes: Sizes, flags: Flags, x: Arrays) -> Arrays:
+def forward(
+    library: Library,
+    spec: MixerSpec,
+    options: Options,
+    sizes: Sizes,
+    flags: Flags,
+    x: Arrays,
+    whole: Whole | None = None,
+) -> Arrays:
     """Run a mixer token by token.
 
     ``x`` is named as in ``mixers.problem``; so is the result, which holds ``y``, ``final.*`` and ``checkpoint.*``.
+    ``whole`` takes the place of the loop: ``whole(inputs, constants, state, passed) -> (y, state)`` runs sequences of
+    one length, of which ``passed`` tokens went before, on arrays as the caller passed them.
     """
     xp = library.namespace
     dtype = _dtype_name(x["q"])
     compute = "float64" if dtype == "float64" else "float32"
     fields = spec.state(options).fields
-    inputs = {a.name: library.cast(x[a.name], compute) for a in spec.inputs if x.get(a.name) is not None}
+    given = [a for a in spec.inputs if x.get(a.name) is not None]
+    inputs = {a.name: x[a.name] if a.flag or whole else library.cast(x[a.name], compute) for a in given}
     constants = {a.name: library.cast(x[a.name], compute) for a in spec.parameters if x.get(a.name) is not None}
     state = tuple(x[f"initial.{f.name}"] for f in fields)
-    state = tuple(a if f.counter else library.cast(a, compute) for f, a in zip(fields, state, strict=True))
-    inputs = spread(xp, spec, fields, inputs, sizes)
+    state = tuple(
+        a if f.counter or (whole and f.verbatim) else library.cast(a, compute)
+        for f, a in zip(fields, state, strict=True)
+    )
+    if whole is None:
+        inputs, whole = spread(xp, spec, fields, inputs, sizes), _loop(library, spec, options)
 
     if x.get("offsets") is None:
-        y, state, checkpoints = _run(library, spec, options, flags, inputs, constants, state)
+        y, state, checkpoints = _run(library, spec, options, flags, inputs, constants, state, whole)
     else:
-        y, state, checkpoints = _run_pack(library, spec, options, flags, inputs, constants, state, x["offsets"], sizes)
+        y, state, checkpoints = _run_pack(
+            library, spec, options, flags, inputs, constants, state, x["offsets"], sizes, whole
+        )
 
     stored = ["int32" if f.counter else dtype if f.verbatim else flags.state_dtype or compute for f in fields]
-    result: Arrays = {"y": library.cast(y, dtype)}
+    y, *more = y if spec.results else (y,)
+    result: Arrays = {"y": library.cast(y, dtype), **dict(zip(spec.results, more, strict=True))}
     result |= {f"final.{f.name}": library.cast(a, to) for f, a, to in zip(fields, state, stored, strict=True)}
     if flags.checkpoint_every:
         rows = zip(fields, checkpoints, stored, strict=True)
@@ -54,35 +73,48 @@ def spread(xp: Any, spec: MixerSpec, fields: Any, inputs: dict[str, Array], size
     return {name: xp.repeat(a, times, axis=2) if name in grouped else a for name, a in inputs.items()}
 
 
+def _loop(library: Library, spec: MixerSpec, options: Options) -> Whole:
+    """Token by token."""
+
+    def whole(inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int) -> tuple[Any, State]:
+        def step(token: dict[str, Array], state: State) -> tuple[Array, State]:
+            return spec.step(library.namespace, options, {**constants, **token}, state)
+
+        return library.scan(step, state, inputs)
+
+    return whole
+
+
 def _run(
     library: Library,
     spec: MixerSpec,
     options: Options,
     flags: Flags,
     inputs: dict[str, Array],
-    constants: Mapping[str, Array],
+    constants: dict[str, Array],
     state: State,
+    whole: Whole,
 ) -> tuple[Array, State, State]:
     """Sequences of equal length, side by side."""
     xp = library.namespace
     tokens = inputs["q"].shape[1]
+    if spec.timed is not None:
+        inputs = inputs | spec.timed(xp, tokens, inputs["q"])
     if not tokens:
         state = tuple(a * 1 for a in state)  # a copy, whose gradient is that of the state
     if spec.reserve is not None:
         state = spec.reserve(xp, state, tokens)
 
-    def step(token: dict[str, Array], state: State) -> tuple[Array, State]:
-        return spec.step(xp, options, {**constants, **token}, state)
-
     every = flags.checkpoint_every or max(tokens, 1)
-    outputs, checkpoints = [], []
+    outputs: list[Any] = []
+    checkpoints = []
     for first in range(0, max(tokens, 1), every):
         piece = {name: a[:, first : first + every] for name, a in inputs.items()}
-        y, state = library.scan(step, state, piece) if tokens else (_nothing(xp, spec, inputs), state)
+        y, state = whole(piece, constants, state, first) if tokens else (_nothing(xp, spec, options, inputs), state)
         outputs.append(y)
         if flags.checkpoint_every and first + every <= tokens:
             checkpoints.append(state)
-    y = xp.concat(outputs, axis=1)
+    y = _joined(xp, spec, outputs)
     if not flags.checkpoint_every:
         return y, state, ()
     if checkpoints:
@@ -96,10 +128,11 @@ def _run_pack(
     options: Options,
     flags: Flags,
     inputs: dict[str, Array],
-    constants: Mapping[str, Array],
+    constants: dict[str, Array],
     state: State,
     offsets: Array,
     sizes: Sizes,
+    whole: Whole,
 ) -> tuple[Array, State, State]:
     """The sequences of a pack, one after another."""
     xp = library.namespace
@@ -110,11 +143,14 @@ def _run_pack(
         start = tuple(a[n : n + 1] for a in state)
         if spec.reserve is not None:  # room for the whole row, so that the caches of all sequences are of one size
             start = spec.reserve(xp, start, sizes.T - (last - first))
-        y, end, at = _run(library, spec, options, flags, piece, constants, start)
+        y, end, at = _run(library, spec, options, flags, piece, constants, start, whole)
         outputs.append(y)
         states.append(end)
         checkpoints.append(at)
-    y = xp.concat(outputs, axis=1)
+    y = _joined(xp, spec, outputs)
+    if spec.reserve is not None:
+        states = _even(xp, states, 1)
+        checkpoints = _even(xp, checkpoints, 2)
     state = tuple(xp.concat(list(column), axis=0) for column in zip(*states, strict=True))
     if not flags.checkpoint_every:
         return y, state, ()
@@ -123,17 +159,41 @@ def _run_pack(
     return y, state, tuple(_pad(xp, column, rows) for column in columns)
 
 
+def _joined(xp: Any, spec: MixerSpec, outputs: list[Any]) -> Any:
+    """Pieces one after another in time: of ``y``, or of each result."""
+    if not spec.results:
+        return xp.concat(outputs, axis=1)
+    return tuple(xp.concat(list(column), axis=1) for column in zip(*outputs, strict=True))
+
+
+def _even(xp: Any, states: list[State], axis: int) -> list[State]:
+    """Caches of several sequences, as long as the longest of them: zeros behind the others along an axis."""
+    longest = [max((a.shape[axis] for a in column if a.ndim > axis), default=0) for column in zip(*states, strict=True)]
+
+    def pad(a: Array, rows: int) -> Array:
+        if a.ndim <= axis or a.shape[axis] == rows:
+            return a
+        room = xp.zeros((*a.shape[:axis], rows - a.shape[axis], *a.shape[axis + 1 :]), dtype=a.dtype, **device_of(a))
+        return xp.concat([a, room], axis=axis)
+
+    return [tuple(pad(a, rows) for a, rows in zip(state, longest, strict=True)) for state in states]
+
+
 def _pad(xp: Any, array: Array, rows: int) -> Array:
     """Zeros behind axis 1 until it has ``rows``."""
     shape = (array.shape[0], rows - array.shape[1], *array.shape[2:])
     return xp.concat([array, xp.zeros(shape, dtype=array.dtype, **device_of(array))], axis=1)
 
 
-def _nothing(xp: Any, spec: MixerSpec, inputs: dict[str, Array]) -> Array:
-    """The output of no tokens: heads of the queries (a cache) or of the values, as wide as the values."""
+def _nothing(xp: Any, spec: MixerSpec, options: Options, inputs: dict[str, Array]) -> Any:
+    """The output of no tokens: heads of the queries (where values share theirs) or of the values, as wide as those."""
     q, v = inputs["q"], inputs["v"]
-    heads = q.shape[2] if spec.reserve is not None else v.shape[2]
-    return xp.zeros((q.shape[0], 0, heads, v.shape[3]), dtype=v.dtype, **device_of(v))
+    heads = q.shape[2] if "G" in spec.arg("v").axes.split() else v.shape[2]
+    y = xp.zeros((q.shape[0], 0, heads, v.shape[3]), dtype=v.dtype, **device_of(v))
+    if not spec.results:
+        return y
+    rows = (q.shape[0], 0, *((heads,) if options["decide"] == "head" else ()))
+    return y, xp.zeros(rows, dtype=xp.bool, **device_of(v)), xp.zeros(rows, dtype=v.dtype, **device_of(v))
 
 
 def _dtype_name(array: Array) -> str:

@@ -1,9 +1,9 @@
 """Every mixer by name."""
 
-from mixers import attention, delta, lattice, linear, ttt
+from mixers import attention, delta, ham, lattice, linear, memory_caching, ttt, ttt_mlp
 from mixers.spec import MixerSpec, unknown
 
-_FAMILIES = (linear, delta, lattice, ttt, attention)
+_FAMILIES = (linear, delta, lattice, ttt, ttt_mlp, attention, ham, memory_caching)
 _SPECS: dict[str, MixerSpec] = {spec.name: spec for family in _FAMILIES for spec in family.SPECS}
 
 

@@ -6,20 +6,26 @@ from mixers.spec import Array
 
 
 class Result(tuple[Array, Any]):
-    """``(y, state)``, and ``checkpoints`` where they were asked for.
+    """``(y, state)``, and ``checkpoints`` where they were asked for; ``kept`` and ``score`` where a mixer decides.
 
     Attributes:
         y: the output.
         state: the last state; None with ``return_state=False``.
         checkpoints: states after every ``checkpoint_every`` tokens, an axis ``P`` behind the batch; None without.
+        kept: the tokens that were kept, ``[B,T]`` booleans; None for a mixer that keeps all or none.
+        score: what was compared with the threshold, ``[B,T]``.
     """
 
     checkpoints: Any
+    kept: Array
+    score: Array
 
-    def __new__(cls, y: Array, state: Any, checkpoints: Any = None) -> "Result":
+    def __new__(
+        cls, y: Array, state: Any, checkpoints: Any = None, kept: Array = None, score: Array = None
+    ) -> "Result":
         """A pair with attributes."""
         self = super().__new__(cls, (y, state))
-        self.checkpoints = checkpoints
+        self.checkpoints, self.kept, self.score = checkpoints, kept, score
         return self
 
     @property
@@ -33,4 +39,4 @@ class Result(tuple[Array, Any]):
         return self[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Result, (self[0], self[1], self.checkpoints)
+        return Result, (self[0], self[1], self.checkpoints, self.kept, self.score)

@@ -7,7 +7,9 @@ Axes are single letters:
 
     B batch   T time   H value heads   G key heads (H = m·G)   K key width or slots   V value width
     N sequences (B of them, or the N of a pack)   C the option ``chunk_size``   M cache length
-    R kept states   P checkpoints
+    R kept states   P checkpoints   F four times K
+    S finished segments that a state holds   W tokens of a window that a state holds   O nothing: a length of 0
+    J, A, D heads of a second set of queries, keys and values   E width of those keys
 """
 
 import difflib
@@ -37,7 +39,8 @@ class Arg:
         doc: what it means, in a line.
         optional: may be left out.
         draw: how tests and benchmarks draw it: ``"normal"``, ``"unit"`` (rows of norm 1), ``"gate"`` (0 to 1),
-            ``"log_decay"`` (non-positive) or ``"positive"``.
+            ``"log_decay"`` (non-positive), ``"positive"`` or ``"flag"``.
+        flag: yes or no a token: booleans, or whole numbers that are 0 for no.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Arg:
     doc: str
     optional: bool = False
     draw: str = "normal"
+    flag: bool = False
 
     @functools.cached_property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -63,6 +67,7 @@ class Option:
         check: returns True for a value that is allowed.
         expected: the allowed values in words, for the message of a refusal.
         trials: values worth testing.
+        normal: turns an allowed value into the one that is stored: a number, a word or None.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Option:
     check: Callable[[Any], bool]
     expected: str
     trials: tuple[Any, ...] = ()
+    normal: Callable[[Any], Any] = lambda value: value
 
 
 def choice(name: str, values: tuple[str, ...], doc: str) -> Option:
@@ -123,14 +129,24 @@ class StateLayout:
     Attributes:
         fields: the arrays, in order.
         type: the named tuple that holds them; None where the state is a single, bare array.
+        flatten: a state as the arrays of ``fields``, where ``type`` puts some of them in a tuple of their own.
+        bare: how many leading fields a bare array given as a state stands for; None for all.
     """
 
     fields: tuple[Field, ...]
     type: Callable[..., Any] | None = None
+    flatten: Callable[[Any], tuple[Array, ...]] | None = None
+    bare: int | None = None
 
     def pack(self, arrays: tuple[Array, ...]) -> Any:
         """Arrays in the order of ``fields`` as the caller sees them."""
         return arrays[0] if self.type is None else self.type(*arrays)
+
+    def unpack(self, state: Any) -> tuple[Array, ...]:
+        """A state that ``pack`` made, as its arrays."""
+        if self.flatten is not None:
+            return self.flatten(state)
+        return tuple(state) if isinstance(state, tuple) else (state,)
 
 
 @dataclass(frozen=True)
@@ -148,13 +164,48 @@ class Sizes:
     M: int = 0
     R: int = 0
     P: int = 0
+    S: int = 0
+    O: int = 0  # noqa: E741
+    W: int = 0
+    J: int = 0
+    A: int = 0
+    D: int = 0
+    E: int = 0
+
+    @property
+    def F(self) -> int:
+        """The width of an inner network of two layers."""
+        return 4 * self.K
 
     def shape(self, axes: str) -> tuple[int, ...]:
         """The shape of an array with these axes."""
         return tuple(getattr(self, axis) for axis in axes.split())
 
 
-Step = Callable[[Any, Options, Mapping[str, Array], tuple[Array, ...]], tuple[Array, tuple[Array, ...]]]
+Step = Callable[[Any, Options, Mapping[str, Array], tuple[Array, ...]], tuple[Any, tuple[Array, ...]]]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a state can be read by, apart from the writing of it: a snapshot that serves later queries.
+
+    Attributes:
+        fields: its arrays, in order, one sequence's worth a row ``N``.
+        of: ``of(xp, options, token, state)``: the memory of a state; ``token`` holds the parameters.
+        recall: ``recall(xp, options, token, memory) -> y``: the mixer's own read of it, any axes before the heads.
+        query: ``query(xp, options, q)``: what the rows of a matrix are weighted with, where the read is ``Sᵀ query``
+            and so linear in the memory: a read of a mixture is the mixture of the reads. None where it is not.
+    """
+
+    fields: tuple[Field, ...]
+    of: Callable[[Any, Options, Mapping[str, Array], tuple[Array, ...]], tuple[Array, ...]]
+    recall: Callable[[Any, Options, Mapping[str, Array], tuple[Array, ...]], Array]
+    query: Callable[[Any, Options, Array], Array] | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether a mixture of memories reads as the mixture of their reads."""
+        return self.query is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +235,17 @@ class MixerSpec:
         reserve: grows a state that is a cache by a number of tokens; None for states of fixed size.
         learned: the leading fields of the first state that a layer learns, and that ``adopt`` takes alone: for each the
             function ``f(xp, array)`` that turns any real array into a valid one.
+        memory: how its states are read by later queries; None where a state is no memory of matrices.
+        results: what a step returns behind ``y``, by name; the step then returns ``(y, *results)`` for it.
+        specialise: the specification under given options, where inputs or state depend on them.
+        chunk: tokens that share a base point: the length of the axis ``C``.
+        timed: inputs that follow from the length of a sequence, ``f(xp, tokens, like)``, ``[1, T, ...]`` each.
+        refuse: a last check of a call, ``f(call, given, token)``, that raises; ``given`` is the state as passed.
+        settle: cuts what ``reserve`` grew too far: ``f(call, outputs)``; never while something is traced.
+        compose: runs a call on whole sequences by other mixers and array operations: ``f(library, mixer, call, x)``,
+            named as in ``mixers.problem``. Every backend but the reference then runs that.
+        parts: the specifications and options of the mixers that ``compose`` calls.
+        remark: something to say in an explanation: ``f(mixer, call)``, empty for nothing.
     """
 
     name: str
@@ -204,6 +266,16 @@ class MixerSpec:
     exact_in_chunks: bool = True
     reserve: Callable[[Any, tuple[Array, ...], int], tuple[Array, ...]] | None = None
     learned: tuple[Callable[[Any, Array], Array], ...] = ()
+    memory: Memory | None = None
+    results: tuple[str, ...] = ()
+    specialise: "Callable[[Options], MixerSpec] | None" = None
+    chunk: Callable[[Options], int] = lambda options: int(options.get("chunk_size", 1))
+    timed: Callable[[Any, int, Array], dict[str, Array]] | None = None
+    refuse: Callable[[Any, Any, bool], None] | None = None
+    settle: Callable[[Any, dict[str, Array]], dict[str, Array]] | None = None
+    compose: Callable[[Any, Any, Any, dict[str, Array]], dict[str, Array]] | None = None
+    parts: Callable[[Options], "tuple[tuple[MixerSpec, dict[str, Any]], ...]"] = lambda options: ()
+    remark: Callable[[Any, Any], str] | None = None
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: MappingProxyType({"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3})
     )
@@ -229,7 +301,7 @@ class MixerSpec:
                 raise ValueError(unknown(f"option of {self.name}", name, known))
             if not known[name].check(value):
                 raise ValueError(f"{self.name}: option {name}={value!r}; expected {known[name].expected}")
-        return {name: given.get(name, option.default) for name, option in known.items()}
+        return {name: option.normal(given.get(name, option.default)) for name, option in known.items()}
 
     def __str__(self) -> str:
         """The mixer's page."""

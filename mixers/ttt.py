@@ -22,7 +22,7 @@ import numpy as np
 from mixers.algebra import device_of, directions, like, outer, read
 from mixers.delta import BETA
 from mixers.linear import KEY, QUERY
-from mixers.spec import Arg, Array, Field, MixerSpec, Options, Sizes, StateLayout, count
+from mixers.spec import Arg, Array, Field, Memory, MixerSpec, Options, Sizes, StateLayout, count
 
 NORM_EPS = 1e-6
 FIRST_SCALE = 0.02
@@ -78,7 +78,7 @@ def adopt(xp: Any, given: Any, sizes: Sizes, options: Options) -> tuple[Array, .
     return weight, bias, xp.zeros_like(weight), xp.zeros_like(bias), phase
 
 
-def _as_it_is(xp: Any, array: Array) -> Array:
+def as_it_is(xp: Any, array: Array) -> Array:
     """Any weights are a model."""
     return array
 
@@ -108,7 +108,7 @@ def step(
     weight_sum, bias_sum = weight_sum + outer(k, write), bias_sum + write
 
     phase = phase + 1
-    rate, last_rate = _rates(xp, options, token.get("token_scale"), phase, q)
+    rate, last_rate = rates(xp, options, token.get("token_scale"), phase, q)
     seen = read(xp, weight, q) + bias - rate * (read(xp, weight_sum, q) + bias_sum)
     y = q + gain * standardise(xp, seen)[0] + shift
 
@@ -123,11 +123,40 @@ def step(
     )
 
 
-def _rates(xp: Any, options: Options, token_scale: Array | None, phase: Array, q: Array) -> tuple[Array, Array]:
+def rates(xp: Any, options: Options, token_scale: Array | None, phase: Array, q: Array) -> tuple[Array, Array]:
     """``token_scale`` of this token, ``[N,1,1]``, and of the mini-batch's last."""
     if token_scale is None:
         token_scale = like(xp, 1.0 / np.arange(1, options["chunk_size"] + 1), q)
     return xp.take(token_scale, phase - 1, axis=0)[:, None, None], token_scale[-1]
+
+
+def weights_of(xp: Any, options: Options, token: Mapping[str, Array], state: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The weights that the state's last token read through."""
+    weight, bias, weight_sum, bias_sum, phase = state
+    rate = rate_so_far(xp, options, token, phase, weight)
+    return weight - rate[..., None] * weight_sum, bias - rate * bias_sum
+
+
+def rate_so_far(xp: Any, options: Options, token: Mapping[str, Array], phase: Array, beside: Array) -> Array:
+    """``token_scale`` of the mini-batch's last token so far, ``[N,1,1]``; of its first where it has none."""
+    first = xp.where(phase > 0, phase, xp.ones_like(phase))
+    return rates(xp, options, token.get("token_scale"), first, beside)[0]
+
+
+def recall(xp: Any, options: Options, token: Mapping[str, Array], memory: tuple[Array, ...]) -> Array:
+    """``q + LN(qW + c)``."""
+    weight, bias = memory
+    return residual_norm(xp, token, read(xp, weight, token["q"]) + bias)
+
+
+def residual_norm(xp: Any, token: Mapping[str, Array], seen: Array) -> Array:
+    """``q + w∘(z − mean)/std + w_b``."""
+    y = standardise(xp, seen)[0]
+    if token.get("norm_weight") is not None:
+        y = y * token["norm_weight"]
+    if token.get("norm_bias") is not None:
+        y = y + token["norm_bias"]
+    return token["q"] + y
 
 
 def _flops(sizes: Sizes, options: Options) -> float:
@@ -159,8 +188,9 @@ ttt_linear = MixerSpec(
     first=first_state,
     step=step,
     flops=_flops,
+    memory=Memory((Field("weight", "N H K K"), Field("bias", "N H K")), weights_of, recall),
     adopt=adopt,
-    learned=(_as_it_is, _as_it_is),
+    learned=(as_it_is, as_it_is),
     spacing=lambda options: options["chunk_size"] * -(-16 // options["chunk_size"]),
     kept=lambda options: (Field("weight", "R H K K"), Field("bias", "R H K")),
     exact_in_chunks=False,

@@ -14,12 +14,14 @@ Pullback = Callable[..., dict[str, Any]]
 
 def pullback(call: Call, initial_state: Any, out: Arrays, back: Callable[[Arrays], Arrays]) -> Pullback:
     """The second half of ``Mixer.vjp``; see there."""
-    fields = call.spec.state(call.options).fields
+    layout = call.spec.state(call.options)
+    fields = layout.fields
 
     def named(prefix: str, given: Any) -> Arrays:
         if given is None:
             return {}
-        parts = given if isinstance(given, tuple) else (given,)
+        nested = layout.flatten is not None and hasattr(given, "_fields")
+        parts = layout.unpack(given) if nested else given if isinstance(given, tuple) else (given,)
         wanted = [f for f in fields if not f.counter]
         if len(parts) == len(fields):  # a whole state, counters and all
             parts = tuple(a for f, a in zip(fields, parts, strict=True) if not f.counter)
@@ -51,9 +53,12 @@ def _state_gradient(call: Call, given: Any, dx: Arrays) -> Any:
     layout = call.spec.state(call.options)
     gradients = [dx.get(f"initial.{f.name}") for f in layout.fields]
     if not isinstance(given, tuple):
-        # A bare array may stand for several fields (the first slots of a chunk are also its running slots).
-        total = sum(g for g in gradients if g is not None)
+        # A bare array may stand for several fields (the first slots of a chunk are also its running slots), but not for
+        # those that begin empty.
+        total = sum(g for g in gradients[: layout.bare] if g is not None)
         return _reduce(total, given)
+    if layout.flatten is not None and hasattr(given, "kept"):
+        return layout.pack(tuple(_reduce(g, a) for g, a in zip(gradients, layout.unpack(given), strict=True)))
     parts = tuple(_reduce(g, a) for g, a in zip(gradients, given, strict=False))
     return type(given)(*parts) if hasattr(given, "_fields") else parts
 

@@ -21,6 +21,8 @@ from mixers.problem import Arrays, Problem  # noqa: E402
 MIXERS = [
     (name, options)
     for name in mixers.names()
+    if mixers.get_spec(name).specialise is None
+    and mixers.get_spec(name).compose is None  # a composition has the operators of its parts
     for options in ({}, {"chunk_size": 4})
     if set(options) <= {o.name for o in mixers.get_spec(name).options}
 ]

@@ -21,6 +21,8 @@ class NumbaKernel(Kernel):
 
     def supports(self, problem: Problem) -> Support:
         """Whether the arrays are on the CPU and the kernel takes the problem."""
+        if problem.library == "jax":
+            return Support.no("takes NumPy arrays; kernels named .xla take JAX's")
         return backend.place.holds(problem) and self.takes(problem)
 
     @abstractmethod

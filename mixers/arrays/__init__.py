@@ -48,6 +48,31 @@ class Library(Protocol):
     def scan(self, step: Any, state: tuple[Array, ...], tokens: dict[str, Array]) -> tuple[Array, tuple[Array, ...]]:
         """Run ``step(token, state) -> (y, state)`` along axis 1 of all ``tokens``; stack the outputs there."""
 
+    def largest(self, counts: Array) -> int | None:
+        """The largest of some counts, 0 for none; None while they are traced."""
+
+    def first_nan(self, array: Array) -> tuple[int, ...] | None:
+        """The first position of a NaN; None for none, and where looking would cost a wait."""
+
+    def host(self, counts: Array) -> np.ndarray | None:
+        """Whole numbers as a NumPy array; None while they are traced."""
+
+    def given(self, call: "Call") -> Arrays:
+        """The arrays of a call with its first state filled in; offsets are checked where that costs no wait."""
+
+    def call(self, mixer: "Mixer", **arguments: Any) -> "Result":
+        """A mixer as a part of a composition."""
+
+    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """An operation with a gradient of its own.
+
+        ``forward(*arrays) -> (outputs, saved)``; ``backward(saved, *gradients) -> gradients``, one an array, None where
+        there is none.
+        """
+
+    def untraced(self, function: Any) -> Any:
+        """The function, left out of a compiler's graph where the library has a compiler that would follow it."""
+
     def bounds(self, offsets: Array) -> list[int]:
         """The offsets of a pack as Python numbers."""
 
@@ -85,7 +110,7 @@ def library_of(array: Any, name: str) -> Library:
     """The library that an array belongs to.
 
     Raises:
-        TypeError: it is no array of NumPy, torch or JAX.
+        TypeError: it is no array of NumPy, torch or JAX, and has no memory on a GPU to show.
     """
     kind = type(array)
     found = _known.get(kind)
@@ -100,8 +125,15 @@ def _recognise(array: Any, name: str) -> Library:
         if module is not None and isinstance(array, tuple(getattr(module, t) for t in types)):
             chosen: Library = importlib.import_module(f"mixers.arrays.{library}").library
             return chosen
+    if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__dlpack_device__"):
+        cuda = importlib.import_module("mixers.arrays.cuda")
+        if cuda.is_cuda_array(array):
+            others: Library = cuda.library_for(cuda.package_of(array))
+            return others
     got = f"{type(array).__module__}.{type(array).__qualname__}"
-    raise TypeError(f"{name} is a {got}; expected an array of NumPy, torch or JAX")
+    raise TypeError(
+        f"{name} is a {got}; expected an array of NumPy, torch or JAX, or one of a GPU with __cuda_array_interface__"
+    )
 
 
 def prepare(mixer: "Mixer") -> None:

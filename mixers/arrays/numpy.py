@@ -60,7 +60,39 @@ class NumPy:
         for t in range(tokens["q"].shape[1]):
             y, state = step({name: a[:, t] for name, a in tokens.items()}, state)
             outputs.append(y)
+        if isinstance(outputs[0], tuple):
+            return tuple(np.stack(column, axis=1) for column in zip(*outputs, strict=True)), state
         return np.stack(outputs, axis=1), state
+
+    def largest(self, counts: Array) -> int | None:
+        """A Python number."""
+        return int(counts.max(initial=0))
+
+    def first_nan(self, array: Array) -> tuple[int, ...] | None:
+        """A position."""
+        where = np.argwhere(np.isnan(array))
+        return tuple(int(n) for n in where[0]) if len(where) else None
+
+    def host(self, counts: Array) -> np.ndarray | None:
+        """The array itself."""
+        return np.asarray(counts)
+
+    def given(self, call: Call) -> Arrays:
+        """See ``prepare``."""
+        return prepare(call)[1]
+
+    def call(self, mixer: Mixer, **arguments: Any) -> Result:
+        """A call."""
+        return mixer(**arguments)
+
+    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Forward alone: gradients are asked of a tape."""
+        outputs: tuple[Array, ...] = forward(*arrays)[0]
+        return outputs
+
+    def untraced(self, function: Any) -> Any:
+        """The function itself."""
+        return function
 
     def bounds(self, offsets: Array) -> list[int]:
         """Python numbers."""

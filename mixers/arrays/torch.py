@@ -69,7 +69,51 @@ class Torch:
         for row in rows:
             y, state = step(dict(zip(names, row, strict=True)), state)
             outputs.append(y)
+        if isinstance(outputs[0], tuple):
+            return tuple(torch.stack(column, dim=1) for column in zip(*outputs, strict=True)), state
         return torch.stack(outputs, dim=1), state
+
+    def largest(self, counts: Array) -> int | None:
+        """A Python number: on a GPU this waits for the device; unknown while traced."""
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        return int(counts.max()) if counts.numel() else 0
+
+    def first_nan(self, array: Array) -> tuple[int, ...] | None:
+        """A position; never asked of a device that would have to be waited for, nor of what is traced."""
+        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        if traced or array.device.type != "cpu":
+            return None
+        where = torch.isnan(array.detach()).nonzero()
+        return tuple(where[0].tolist()) if len(where) else None
+
+    def host(self, counts: Array) -> np.ndarray | None:
+        """The numbers: on a GPU this waits for the device; unknown while traced."""
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        found: np.ndarray = counts.detach().cpu().numpy()
+        return found
+
+    def given(self, call: Call) -> Arrays:
+        """The tensors, with the spec's first state wherever the caller gave none."""
+        x = dict(call.x)
+        if x["offsets"] is not None and x["offsets"].device.type == "cpu":
+            check_offsets(x["offsets"].numpy(), call.sizes.T)
+        fill_first_state(call.spec, call.options, call.sizes, x)
+        return x
+
+    def call(self, mixer: Mixer, **arguments: Any) -> Result:
+        """A call."""
+        return mixer(**arguments)
+
+    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """An ``autograd.Function``."""
+        outputs: tuple[Array, ...] = _Custom.apply(forward, backward, *arrays)  # type: ignore[no-untyped-call]
+        return outputs
+
+    def untraced(self, function: Any) -> Any:
+        """The function as a break of the graph: how much is kept decides shapes."""
+        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
     def bounds(self, offsets: Array) -> list[int]:
         """Python numbers: on a GPU this waits for the device."""
@@ -126,8 +170,9 @@ class Torch:
             out["y"].sum().backward()
 
     def prepare(self, mixer: Mixer) -> None:
-        """Define the mixer's operators."""
-        define_operators(mixer.spec, mixer.options)
+        """Define the mixer's operators; a composition has those of its parts."""
+        if mixer.spec.compose is None:
+            define_operators(mixer.spec, mixer.options)
 
     def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
         """A call in eager mode: its checks, problem and plan are those of the last one like it."""
@@ -178,7 +223,27 @@ class Torch:
         return dict(zip(_result_names(call.spec, call.options), results, strict=True))
 
 
-_DTYPE_NAMES = {getattr(torch, name): name for name in ("float64", "float32", "bfloat16", "float16", "int32", "int64")}
+class _Custom(torch.autograd.Function):
+    """See ``Torch.custom``."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Any, backward: Any, *arrays: Any) -> Any:
+        """Run, and keep what the backward wants."""
+        outputs, ctx.saved = forward(*(a.detach() for a in arrays))
+        ctx.backward_of = backward
+        ctx.set_materialize_grads(True)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Run the gradient's own function."""
+        return None, None, *ctx.backward_of(ctx.saved, *gradients)
+
+
+_DTYPE_NAMES = {
+    getattr(torch, name): name for name in ("float64", "float32", "bfloat16", "float16", "int32", "int64", "bool")
+}
 
 
 # Whether a backward follows, in an operator's key: the forward keeps what it needs, or it computes that again.
@@ -663,7 +728,7 @@ def _identifier(name: str) -> str:
 
 
 def _flatten(result: Result) -> tuple[list[Any], None]:
-    return [result[0], result[1], result.checkpoints], None
+    return [result[0], result[1], result.checkpoints, result.kept, result.score], None
 
 
 torch.utils._pytree.register_pytree_node(

@@ -11,9 +11,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixers.nn.hybrid import HybridLayer, MemoryCachingLayer
 from mixers.nn.layer import LayerState, MixerLayer
 from mixers.nn.norm import RMSNorm
 from mixers.packing import Pack
+
+# Mixers whose layer is more than the projections that their specification asks for.
+_LAYERS = {"ham": HybridLayer, "memory_caching": MemoryCachingLayer}
 
 
 class SwiGLU(nn.Module):
@@ -55,7 +59,8 @@ class Block(nn.Module):
         """See the class."""
         super().__init__()
         self.mixer_norm = RMSNorm(d_model)
-        self.mixer = MixerLayer(mixer, d_model=d_model, heads=heads, **options)
+        layer = _LAYERS.get(mixer, MixerLayer)
+        self.mixer = layer(mixer, d_model=d_model, heads=heads, **options)
         self.mlp_norm = RMSNorm(d_model)
         self.mlp = SwiGLU(d_model, hidden)
 

@@ -10,7 +10,7 @@
 
 from dataclasses import dataclass
 
-from mixers.spec import MixerSpec
+from mixers.spec import MixerSpec, Options
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,15 @@ RECURRENCE = Convention()
 # A cache has no order of its own, and a softmax wants logits of a natural size.
 CACHE = Convention(unit_rows=False, activation=False, rotary=True)
 # The inner model maps keys to values of norm √K, and its learning rate is 1/K (arXiv 2407.04620).
-_BY_NAME = {"ttt_linear": Convention(unit_rows=False, activation=False, rate=1.0)}
+_TTT = Convention(unit_rows=False, activation=False, rate=1.0)
+_BY_NAME = {"ttt_linear": _TTT, "ttt_mlp": _TTT}
 
 
-def convention(spec: MixerSpec) -> Convention:
-    """The custom of a mixer; a mixer that nobody has named here is fed as a recurrence, or as a cache if it is one."""
+def convention(spec: MixerSpec, options: Options) -> Convention:
+    """The custom of a mixer; a mixer that nobody has named here is fed as a recurrence, or as a cache if it is one.
+
+    A composition is fed as its first part is.
+    """
+    if spec.parts(options):
+        return convention(*spec.parts(options)[0])
     return _BY_NAME.get(spec.name, RECURRENCE if spec.reserve is None else CACHE)

@@ -64,6 +64,24 @@ class Gate(KeepsFloat32):
         return per_head[:, None] if len(self.shape) == 2 else per_head
 
 
+class Projection(Gate):
+    """``a`` itself: a query of a second kind. ``W`` is whole, since nothing here has to be thin.
+
+    Args:
+        d_model, heads, channels: see ``Gate``.
+    """
+
+    def __init__(self, d_model: int, heads: int, channels: int = 0) -> None:
+        """See the class."""
+        super().__init__(d_model, heads * (channels or 1))
+        self.shape = (heads, channels) if channels else (heads,)
+        self.reset_parameters()
+
+    def squash(self, a: Tensor) -> Tensor:
+        """See the class."""
+        return a
+
+
 class SigmoidGate(Gate):
     """``high · sigmoid(a + bias)``.
 

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 import mixers
 from mixers.nn.convention import convention
 from mixers.nn.convolution import ShortConv
-from mixers.nn.gates import BoundedDecay, Gate, SigmoidGate, SoftplusDecay
+from mixers.nn.gates import BoundedDecay, Gate, Projection, SigmoidGate, SoftplusDecay
 from mixers.nn.learned import Learned
 from mixers.nn.norm import EPS, RMSNorm
 from mixers.nn.padding import Padding, each
 from mixers.nn.rotary import positions, rotate
 from mixers.packing import Pack
+from mixers.result import Result
 from mixers.spec import Arg, MixerSpec, Sizes
 
+# Inputs that a layer of their mixer's own makes, or that only a caller can.
+OWN = ("attn_q", "attn_k", "attn_v", "score", "kept")
 _DECAYS = {"softplus": SoftplusDecay, "bounded": BoundedDecay}
 
 
@@ -35,10 +38,12 @@ class LayerState(NamedTuple):
     Attributes:
         conv: ``[N,W−1,C]``, the convolution's last inputs; None without a convolution.
         mixer: the mixer's own state.
+        seen: ``[N]``, tokens seen, where a layer needs them beside the mixer's state.
     """
 
     conv: Tensor | None
     mixer: Any
+    seen: Any = None
 
 
 class MixerLayer(nn.Module):
@@ -83,11 +88,12 @@ class MixerLayer(nn.Module):
         """See the class."""
         super().__init__()
         spec = mixers.get_spec(mixer) if isinstance(mixer, str) else mixer
-        self.custom = convention(spec)
         self._normalised_inside = any(option.name == "qk_l2norm" for option in spec.options)
         if self._normalised_inside:
             options.setdefault("qk_l2norm", True)
         self.mix = mixers.get(spec, backend, **options)
+        spec = self.mix.spec
+        self.custom = convention(spec, self.mix.options)
         self.d_model = d_model
         sizes = _sizes(spec, self.mix.options, d_model, heads, key_heads, key_dim, value_dim)
         self.shapes = [sizes.shape(" ".join(arg.layouts[0][2:])) for arg in spec.inputs[:3]]
@@ -160,6 +166,7 @@ class MixerLayer(nn.Module):
         cu_seqlens: Tensor | Pack | None,
         lengths: Tensor | None,
         return_state: bool,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """See the module. ``lengths`` are the real tokens of each row, the rest is padding behind them."""
         offsets = _offsets(cu_seqlens, x.device)
@@ -178,7 +185,7 @@ class MixerLayer(nn.Module):
             q, k = rotate(q, places), rotate(k, places)
 
         gates = {name: make(x) for name, make in self.gates.items()}
-        y, after = self.mix(
+        result = self.mix(
             q,
             k,
             v,
@@ -187,9 +194,23 @@ class MixerLayer(nn.Module):
             return_state=return_state,
             **gates,
             **self.learned.named,
+            **self._more(x, q, k, state, offsets),
         )
-        y = self.out(self.norm(y).flatten(-2) * torch.sigmoid(gate))
-        return y, LayerState(past, after) if return_state else None
+        self._ran(result, real)
+        y = self.out(self.norm(result.y).flatten(-2) * torch.sigmoid(gate))
+        seen = self._seen(x, state, offsets) if return_state else None
+        return y, LayerState(past, result.state, seen) if return_state else None
+
+    def _more(self, x: Tensor, q: Tensor, k: Tensor, state: LayerState, offsets: Tensor | None) -> dict[str, Tensor]:
+        """Further inputs of the mixer."""
+        return {}
+
+    def _ran(self, result: Result, real: Tensor | None) -> None:
+        """What to take from a call; ``real [B,T]`` is false at padding."""
+
+    def _seen(self, x: Tensor, state: LayerState, offsets: Tensor | None) -> Tensor | None:
+        """Tokens seen by each sequence, where the layer counts them."""
+        return None
 
     def _scaled(self, rows: Tensor) -> Tensor:
         """Rows of norm 1, or √K; as they are where the mixer does that itself."""
@@ -206,9 +227,11 @@ class MixerLayer(nn.Module):
         """Rows with padding: see ``mixers.nn.padding``."""
         padding = Padding.of(mask)
         x = padding.sort(x)
-        if self.mix.spec.reserve is None:
+        if self.mix.spec.reserve is None or self.mix.spec.compose is not None:
             twice = LayerState(*(each(part, lambda a: a.repeat_interleave(2, 0)) for part in state))
-            y, after = self._mixed(x.flatten(0, 1)[None], twice, padding.offsets, None, return_state)
+            place = torch.arange(mask.shape[1], device=mask.device)
+            real = (place < padding.lengths[:, None]).reshape(1, -1)
+            y, after = self._mixed(x.flatten(0, 1)[None], twice, padding.offsets, None, return_state, real)
             y = y.reshape(*mask.shape, -1)
             after = None if after is None else LayerState(*(each(part, lambda a: a[0::2]) for part in after))
         else:
@@ -267,7 +290,7 @@ def _sizes(
     values = d_model // heads if value_dim is None else value_dim
     if "V" not in spec.inputs[2].layouts[0] and keys != values:
         raise ValueError(f"{spec.name}: key_dim={keys} and value_dim={values}; its values are as wide as its keys")
-    return Sizes(B=1, T=0, G=groups, H=heads, K=keys, V=values, N=1, C=options.get("chunk_size", 1))
+    return Sizes(B=1, T=0, G=groups, H=heads, K=keys, V=values, N=1, C=spec.chunk(options))
 
 
 def _gates(
@@ -276,8 +299,13 @@ def _gates(
     """A gate for every input that the spec declares beyond q, k and v."""
     gates: dict[str, Gate] = {}
     for arg in spec.inputs[3:]:
+        if arg.name in OWN or (arg.name == "memory_query" and arg.optional):
+            continue
         if arg.draw == "gate":
-            gates[arg.name] = SigmoidGate(d_model, *_gate_shape(spec, arg, sizes, slot_beta), high=beta_max)
+            shape = _gate_shape(spec, arg, sizes, slot_beta and arg.name == "beta")
+            gates[arg.name] = SigmoidGate(d_model, *shape, high=beta_max if arg.name == "beta" else 1.0)
+        elif arg.name == "memory_query":
+            gates[arg.name] = Projection(d_model, *_gate_shape(spec, arg, sizes, False))
         elif arg.draw != "log_decay":
             raise ValueError(f"{spec.name}: a layer knows no gate for its input {arg.name}; call the mixer itself")
         elif decay is not None or not arg.optional:

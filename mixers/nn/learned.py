@@ -36,7 +36,9 @@ class Learned(KeepsFloat32):
         super().__init__()
         self.mix, self.sizes = mix, sizes
         self.first = nn.ParameterList([parameter(*value.shape) for value in self._first_values()])
-        self.named = nn.ParameterDict({arg.name: parameter(*sizes.shape(arg.axes)) for arg in mix.spec.parameters})
+        self.named = nn.ParameterDict(
+            {arg.name: parameter(*sizes.shape(arg.axes)) for arg in mix.spec.parameters if arg.axes}
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

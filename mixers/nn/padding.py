@@ -54,4 +54,5 @@ def each(state: Any, function: Any) -> Any:
     """A state with a function applied to every array of it."""
     if state is None or isinstance(state, Tensor):
         return None if state is None else function(state)
-    return type(state)(*(each(part, function) for part in state))
+    parts = tuple(each(part, function) for part in state)
+    return type(state)(*parts) if hasattr(state, "_fields") else parts

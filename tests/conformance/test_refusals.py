@@ -102,7 +102,7 @@ def refusals(spec: MixerSpec, library: str) -> Iterator[Refusal]:
     layout = spec.state(spec.resolve({}))
     mix = mixers.get(spec, backend="reference")
     state = mix.init_state(B, H, K, good["v"].shape[-1], key_heads=G, like=good["q"])
-    parts = list(state) if isinstance(state, tuple) else [state]
+    parts = list(layout.unpack(state))
     bad = layout.pack((parts[0][..., :-1], *parts[1:]))
     yield (
         "state's shape",
@@ -119,8 +119,9 @@ def refusals(spec: MixerSpec, library: str) -> Iterator[Refusal]:
             ValueError,
             (f"has {len(parts) - 1}", f"{len(parts)}"),
         )
-        floating = layout.pack((*parts[:-1], cast(parts[-1], "float32")))
-        yield "state's counter", good | {"initial_state": floating}, TypeError, (layout.fields[-1].name, "int32")
+        at = max(i for i, f in enumerate(layout.fields) if f.counter)
+        floating = layout.pack((*parts[:at], cast(parts[at], "float32"), *parts[at + 1 :]))
+        yield "state's counter", good | {"initial_state": floating}, TypeError, (layout.fields[at].name, "int32")
 
     one = arguments(spec, library, batch=1)
     number = lambda *n: convert(library, np.array(n))  # noqa: E731

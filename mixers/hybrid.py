@@ -1,0 +1,298 @@
+"""HAM by its parts: the recurrence by a backend's kernel, attention over kept tokens that were gathered.
+
+recurrence   o_rnn = delta(q, k, v)
+predictions  p_t = S_{t-1}ᵀ k_t: the same recurrence read by the next token's key, so p_{t+1} is its output at t
+decisions    m_t, float32
+gather       kept keys and values of cache and tokens, in order; query t sees the first n_t = count + Σ_{i≤t} m_i
+window       shifts by 0 … window − 1 tokens of what the gathered rows do not hold, merged by their lse
+"""
+
+import math
+from typing import Any
+
+from mixers import ham, reference
+from mixers.algebra import device_of, read, stop
+from mixers.call import Call
+from mixers.ham import HAMState, sides, spread
+from mixers.mixer import Mixer, get
+from mixers.packed import merge, packed_attention
+from mixers.problem import Arrays
+from mixers.spec import Array, Options
+
+
+def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
+    """See the module; named as in ``mixers.problem``."""
+
+    def whole(
+        inputs: dict[str, Array], constants: dict[str, Array], state: tuple[Array, ...], passed: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        return _whole(library, mixer, {**constants, **inputs}, HAMState(*state))
+
+    return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, whole)
+
+
+def decide(mixer: Mixer, call: Call) -> Any:
+    """The decisions of a call as a NumPy array, the recurrence alone being run; None where they cannot be known."""
+    library = call.library
+    if call.x.get("offsets") is not None or call.sizes.T == 0:
+        return None
+    x = library.given(call)
+    token = {a.name: x.get(a.name) for a in (*call.spec.inputs, *call.spec.parameters)}
+    _, keep = _decisions(library, mixer, token, x["initial.recurrence"])
+    return library.host(keep)
+
+
+def _recurrence(mixer: Mixer, token: dict[str, Array], **options: Any) -> Mixer:
+    name = ham.recurrence_of(token.get("log_decay"))
+    return get(name, mixer.backend, allow_tf32=mixer.allow_tf32, **options)
+
+
+def _gates(token: dict[str, Array]) -> dict[str, Array]:
+    return {name: token[name] for name in ("beta", "log_decay") if token.get(name) is not None}
+
+
+def _decisions(library: Any, mixer: Mixer, token: dict[str, Array], first: Array) -> tuple[Array, Array]:
+    """Scores and decisions of every token."""
+    xp, options = library.namespace, mixer.options
+    wide = "float64" if library.dtype(token["q"]) == "float64" else "float32"
+    held = {
+        n: library.cast(token[n], wide) for n in ("k", "v", "beta", "log_decay", "score") if token.get(n) is not None
+    }
+    held |= {name: token.get(name) for name in ("kept", "threshold")}
+    predicted = None
+    if options["router"] != "given":
+        if not options["score_grad"]:
+            held = {n: a if a is None else stop(a) for n, a in held.items()}
+            first = stop(first)
+        predicted = _predictions(library, mixer, held, library.cast(first, wide))
+    score = ham.scores(xp, options, held, predicted)
+    return score, ham.decisions(xp, options, held, score)
+
+
+def _predictions(library: Any, mixer: Mixer, token: dict[str, Array], first: Array) -> Array:
+    """``S_{t-1}ᵀ k_t`` of every token, ``[N,T,H,V]``."""
+    xp, k, v = library.namespace, token["k"], token["v"]
+    heads = v.shape[2]
+    begin = read(xp, first, spread(xp, k[:, 0], heads))[:, None]
+    if k.shape[1] == 1:
+        return begin
+    # The last token's read is of no use, so it does not run.
+    short = {n: a[:, :-1] for n, a in _gates(token).items()}
+    reads = library.call(
+        _recurrence(mixer, token, scale=1.0),
+        q=k[:, 1:],
+        k=k[:, :-1],
+        v=v[:, :-1],
+        initial_state=first,
+        return_state=False,
+        **short,
+    ).y
+    return xp.concat([begin, reads], axis=1)
+
+
+def _whole(library: Any, mixer: Mixer, token: dict[str, Array], held: HAMState) -> tuple[Any, tuple[Array, ...]]:
+    """Sequences of one length, side by side."""
+    xp, options = library.namespace, mixer.options
+    v = token["v"]
+    heads, dtype = v.shape[2], library.dtype(v)
+    wide = "float64" if dtype == "float64" else "float32"
+    result = library.call(
+        _recurrence(mixer, token, scale=options["scale"]),
+        q=token["q"],
+        k=token["k"],
+        v=v,
+        initial_state=held.recurrence,
+        **_gates(token),
+    )
+    score, keep = _decisions(library, mixer, token, held.recurrence)
+    raised = ham.lift(xp, score) if options["score_grad"] else None
+
+    q, k, value = sides(xp, options, token)
+    q = spread(xp, q, heads)
+    scale = ham.logit_scale(options, q.shape[-1])
+    rows = _Rows(library, options, held, keep)
+    keys = xp.concat([library.cast(held.keys, library.dtype(k)), k], axis=1)
+    values = xp.concat([library.cast(held.values, library.dtype(value)), value], axis=1)
+    packed_k, packed_v = rows.packed(keys), rows.packed(values)
+    queries = q
+    if raised is not None:
+        # One more number a key: its bias, met by a one among the queries.
+        bias = xp.concat([held.bias, library.cast(raised, wide)], axis=1)
+        packed_b = rows.packed_plain(bias)
+        packed_b = packed_b[..., None, None] if packed_b.ndim == 2 else packed_b[..., None]
+        packed_b = xp.broadcast_to(library.cast(packed_b, library.dtype(k)), (*packed_k.shape[:3], 1))
+        packed_k = xp.concat([packed_k, packed_b], axis=-1)
+        queries = xp.concat([q, xp.full_like(q[..., :1], 1 / scale)], axis=-1)
+    attended, lse = packed_attention(library, mixer.backend, queries, packed_k, packed_v, rows.low, rows.high, scale)
+    attended = library.cast(attended, wide)
+    if options["include_self"] or options["window"]:
+        near = _near(library, options, rows, held, keep, q, k, value, raised, scale)
+        attended = merge(xp, (attended, library.cast(lse, wide)), near)
+
+    y = ham.gated(library.cast(result.y, wide), _wide(library, token.get("gate_rnn"), wide))
+    y = y + ham.gated(attended, _wide(library, token.get("gate_kv"), wide))
+    cache = rows.cache(packed_k[..., : q.shape[-1]], held.keys), rows.cache(packed_v, held.values)
+    marks = xp.where(keep, rows.ordinal, xp.zeros_like(rows.ordinal))
+    window = (_last(xp, held.window_keys, k), _last(xp, held.window_values, value), _last(xp, held.window_marks, marks))
+    biases = (held.bias, held.window_bias)
+    if raised is not None:
+        biases = rows.cache_plain(packed_b, held.bias), _last(xp, held.window_bias, raised)
+    return (library.cast(y, dtype), keep, score), (result.state, *cache, rows.count, *window, *biases)
+
+
+def _wide(library: Any, a: Array | None, dtype: str) -> Array | None:
+    return None if a is None else library.cast(a, dtype)
+
+
+def _last(xp: Any, ring: Array, new: Array) -> Array:
+    """The last tokens, as many as before."""
+    width = ring.shape[1]
+    if not width:
+        return ring
+    return xp.concat([ring, xp.astype(new, ring.dtype)], axis=1)[:, -width:]
+
+
+class _Rows:
+    """Where kept tokens lie: in the cache as it was, among the new tokens, gathered, and in the cache as it will be.
+
+    Attributes:
+        low, high: ``[N,T,1]`` or ``[N,T,H]``, the gathered rows that a query sees.
+        ordinal: ``[N,T]`` or ``[N,T,H]``, tokens kept since the beginning, up to and with each token.
+        count: ``[N]`` or ``[N,H]``, the same after the last one.
+    """
+
+    def __init__(self, library: Any, options: Options, held: HAMState, keep: Array) -> None:
+        xp = self._xp = library.namespace
+        self._cap = options["max_kept"]
+        self._room = room = held.keys.shape[1]
+        tokens, before = keep.shape[1], held.count
+        running = xp.cumulative_sum(xp.astype(keep, xp.int32), axis=1)
+        running = xp.astype(running, before.dtype)
+        self.ordinal = before[:, None] + running
+        self.count = self.ordinal[:, -1]
+        here = device_of(keep)
+        shape = (1, room, *(1,) * (before.ndim - 1))
+        row = xp.astype(xp.reshape(xp.arange(room, **here), shape), before.dtype)
+        now = before[:, None]
+        cached = now
+        age = xp.broadcast_to(row, (before.shape[0], room, *before.shape[1:]))
+        if self._cap:
+            cached = xp.where(now < room, now, xp.full_like(now, room))
+            age = xp.where(now < room, age, (age - now) % room)
+        self._gone = (now - cached)[:, 0]
+        high = cached + running
+        low = xp.zeros_like(high)
+        if self._cap:
+            low = xp.where(high > room, high - room, low)
+        self.low, self.high = (a if a.ndim == 3 else a[..., None] for a in (low, high))
+
+        # Kept rows first, in the order of their tokens; the rest behind them in no order that matters.
+        place = xp.reshape(xp.arange(tokens, **here), (1, tokens, *(1,) * (before.ndim - 1)))
+        place = xp.astype(place, before.dtype) + xp.zeros_like(running) + room
+        rank = xp.concat([age, place], axis=1)
+        valid = xp.concat([row < cached, keep], axis=1)
+        order = xp.argsort(xp.where(valid, rank, rank + (room + tokens)), axis=1, stable=True)
+        most = library.largest(high)
+        if most is None:
+            most = room + tokens if self._cap else room
+        self._order = order[:, :most]
+
+    def packed(self, rows: Array) -> Array:
+        """Kept rows of ``[N,M+T,A,E]``, gathered."""
+        order = self._order[..., None] if self._order.ndim == 3 else self._order[..., None, None]
+        return self._xp.take_along_axis(rows, self._wide(order, rows), axis=1)
+
+    def packed_plain(self, rows: Array) -> Array:
+        """Kept rows of ``[N,M+T]`` or ``[N,M+T,H]``, gathered."""
+        return self._xp.take_along_axis(rows, self._order, axis=1)
+
+    def _wide(self, index: Array, rows: Array) -> Array:
+        return self._xp.broadcast_to(index, (*index.shape[:2], *rows.shape[2:]))
+
+    def cache(self, packed: Array, old: Array) -> Array:
+        """The cache that follows, from gathered rows ``[N,P,A,E]``; rows that hold nothing stay as they were."""
+        xp, room = self._xp, self._room
+        if not room:
+            return old
+        if not self._cap:
+            more = room - packed.shape[1]
+            packed = ham.more_rows(xp, packed, more) if more > 0 else packed[:, :room]
+            return self._filled(packed, old)
+        if not packed.shape[1]:
+            return old
+        # Slot s of the ring holds the last token whose number, less one, is s modulo the cap.
+        slot = xp.reshape(xp.arange(room, **device_of(self.count)), (1, room, *(1,) * (self.count.ndim - 1)))
+        count = self.count[:, None]
+        ordinal = count - (count - 1 - xp.astype(slot, count.dtype)) % room
+        place = ordinal - 1 - self._gone[:, None]
+        place = xp.where(ordinal > 0, place, xp.zeros_like(place))
+        index = xp.astype(place, self._order.dtype)
+        index = index[..., None] if index.ndim == 3 else index[..., None, None]
+        return self._filled(xp.take_along_axis(packed, self._wide(index, packed), axis=1), old)
+
+    def cache_plain(self, packed: Array, old: Array) -> Array:
+        """The cache that follows, from gathered ``[N,P,A,1]``, as ``[N,M]`` or ``[N,M,H]``."""
+        held = self.cache(packed, old[..., None] if old.ndim == 3 else old[..., None, None])[..., 0]
+        return held if self.count.ndim == 2 else held[..., 0]
+
+    def _filled(self, rows: Array, old: Array) -> Array:
+        """The old rows where nothing is kept."""
+        xp, room = self._xp, self._room
+        row = xp.reshape(xp.arange(room, **device_of(self.count)), (1, room, *(1,) * (self.count.ndim - 1)))
+        filled = row < self.count[:, None]
+        filled = filled[..., None] if filled.ndim == 3 else filled[..., None, None]
+        return xp.where(filled, rows, xp.astype(old, rows.dtype))
+
+
+def _near(
+    library: Any,
+    options: Options,
+    rows: _Rows,
+    held: HAMState,
+    keep: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    raised: Array | None,
+    scale: float,
+) -> tuple[Array, Array]:
+    """Attention to the last tokens, as far as the gathered rows do not hold them: ``(y, lse)``."""
+    xp = library.namespace
+    wide = "float64" if library.dtype(v) == "float64" else "float32"
+    tokens, heads, ring = q.shape[1], q.shape[2], held.window_keys.shape[1]
+    marks = xp.where(keep, rows.ordinal, xp.zeros_like(rows.ordinal))
+    marks = xp.concat([held.window_marks, marks], axis=1)
+    keys, values = (
+        xp.concat([library.cast(old, wide), library.cast(new, wide)], axis=1)
+        for old, new in ((held.window_keys, k), (held.window_values, v))
+    )
+    biases = None if raised is None else xp.concat([held.window_bias, raised], axis=1)
+    q = library.cast(q, wide)
+    logits, seen = [], []
+    for shift in range(max(options["window"], 1)):
+        at = slice(ring - shift, ring - shift + tokens)
+        score = scale * xp.sum(q * spread(xp, keys[:, at], heads), axis=-1)
+        if biases is not None:
+            bias = biases[:, at]
+            score = score + (bias if bias.ndim == 3 else bias[..., None])
+        mark = marks[:, at]
+        unseen = mark == 0
+        if options["max_kept"]:
+            unseen = unseen | ((mark > 0) & (mark <= rows.ordinal - options["max_kept"]))
+        unseen = unseen if unseen.ndim == 3 else xp.broadcast_to(unseen[..., None], score.shape)
+        logits.append(score)
+        seen.append(unseen)
+    stacked, visible = xp.stack(logits, axis=-1), xp.stack(seen, axis=-1)
+    top = stop(xp.max(xp.where(visible, stacked, xp.full_like(stacked, -math.inf)), axis=-1, keepdims=True))
+    top = xp.where(top == -math.inf, xp.zeros_like(top), top)
+    weights = xp.where(visible, stacked - top, xp.zeros_like(stacked))
+    weights = xp.where(visible, xp.exp(weights), xp.zeros_like(stacked))
+    total = xp.sum(weights, axis=-1)
+    empty = total == 0
+    total = xp.where(empty, xp.ones_like(total), total)
+    y = sum(
+        weights[..., shift][..., None] * spread(xp, values[:, ring - shift : ring - shift + tokens], heads)
+        for shift in range(stacked.shape[-1])
+    )
+    lse = xp.where(empty, xp.full_like(total, -math.inf), top[..., 0] + xp.log(total))
+    return y / total[..., None], lse
