@@ -14,7 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from mixers.autotune.device import Device
-from mixers.autotune.key import BACKWARD, from_json, to_json
+from mixers.autotune.guard import small_problem
+from mixers.autotune.key import BACKWARD, FORWARD, from_json, to_json
 
 from mixers.backend import Config, installed
 from mixers.problem import Problem
@@ -48,14 +49,20 @@ class Ahead:
             process.wait()
 
     def start(self, problem: Problem, part: str, candidates: Iterable[tuple[str, Config]]) -> None:
-        """Let candidates be compiled."""
+        """Let candidates be compiled: what is measured first, then what the guard will run, which is other code."""
+        todo = [(n, c) for n, c in candidates if n.partition("/")[0] in self._able]
+        self._submit(problem, part, todo)
+        for way in (FORWARD, BACKWARD) if part == FORWARD and todo else (BACKWARD,):
+            self._submit(small_problem(problem), way, todo)
+
+    def _submit(self, problem: Problem, part: str, candidates: list[tuple[str, Config]]) -> None:
         for name, config in candidates:
-            known = _job(problem, part, name, config) in self._jobs
-            if name.partition("/")[0] in self._able and not known:
-                job = {"problem": to_json(problem), "part": part, "name": name, "config": dict(config)}
-                if self._pool is None:
-                    self._pool = ThreadPoolExecutor(min(PROCESSES, max(1, (os.cpu_count() or 2) - 1)))
-                self._jobs[_job(problem, part, name, config)] = self._pool.submit(self._compile, job)
+            if (job := _job(problem, part, name, config)) in self._jobs:
+                continue
+            words = {"problem": to_json(problem), "part": part, "name": name, "config": dict(config)}
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(min(PROCESSES, max(1, (os.cpu_count() or 2) - 1)))
+            self._jobs[job] = self._pool.submit(self._compile, words)
 
     def wait(self, problem: Problem, part: str, name: str, config: Config) -> None:
         """Until a candidate is compiled; where that failed, its measurement will tell why."""

@@ -101,6 +101,25 @@ def small(problem: Problem) -> Setting:
     )
 
 
+def small_problem(problem: Problem) -> Problem:
+    """The reduced problem as the kernels meet it."""
+    setting = small(problem)
+    flags = dataclasses.replace(
+        problem.flags, grad=True, recompute=problem.device != "cpu", checkpoint_every=setting.checkpoint_every
+    )
+    return Problem.of(
+        problem.spec,
+        problem.option,
+        setting.sizes(),
+        flags,
+        layouts=problem.layouts,
+        dtype=problem.dtype,
+        library=problem.library,
+        device=problem.device,
+        packed=problem.packed,
+    )
+
+
 def against_reference(problem: Problem, forward: Chosen, backward: Chosen | None) -> Verdict:
     """Outputs, and gradients where there is a backward, on the small problem; raises nothing."""
     mix = paired(problem, forward, backward or forward)

@@ -20,7 +20,7 @@ from mixers.autotune.key import FORWARD
 
 from mixers.arrays.numpy import fill_first_state
 from mixers.backend import Config, Kernel
-from mixers.cases import DRAWS, generator, round_to
+from mixers.cases import DRAWS, generator
 from mixers.problem import Arrays, Problem
 
 # The level-2 cache of a large GPU, several times.
@@ -30,7 +30,7 @@ Named = dict[str, np.ndarray]
 
 
 def draw(problem: Problem) -> Named:
-    """Inputs of a problem by name, in float64, rounded to what its dtype can hold; keys and values of norm 1 or so."""
+    """Inputs of a problem by name, in float32 or wider; keys and values of norm 1 or so."""
     spec, sizes = problem.spec, problem.sizes
     axes = {"q": "B T G K", "k": "B T G K", "v": " ".join(spec.arg("v").layouts[0])} | dict(problem.layouts)
     axes = {name: " ".join(spec.arg(name).layouts[0]) if name in "qkv" else a for name, a in axes.items()}
@@ -39,7 +39,6 @@ def draw(problem: Problem) -> Named:
     x["v"] /= math.sqrt(max(width, 1))
     if any(arg.name == "token_scale" for arg in spec.parameters):
         x["beta"] /= max(width, 1)  # an inner learning rate, which comes divided by the width
-    x = {n: round_to(a, problem.dtype if n in ("q", "k", "v") else "float32") for n, a in x.items()}
     if problem.packed:
         cuts = np.linspace(0, sizes.T, sizes.N + 1).astype(np.int64)
         x["offsets"] = cuts
@@ -49,7 +48,7 @@ def draw(problem: Problem) -> Named:
 
 
 def _standard(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return generator(0, name).standard_normal(shape, dtype=np.float32).astype(np.float64)
+    return generator(0, name).standard_normal(shape, dtype=np.float32)
 
 
 class Rig(ABC):
@@ -112,7 +111,7 @@ class HostRig(Rig):
         self.x: Arrays = {n: a.astype(compute) if a.dtype.kind == "f" else a for n, a in x.items()}
         self.x.setdefault("offsets", None)
         self.out = {n: np.empty(s, "int32" if d == "int32" else compute) for n, (s, d) in self.shapes.items()}
-        flowing = {n: generator(1, n).standard_normal(self.out[n].shape).astype(compute) for n in self.asked}
+        flowing = {n: generator(1, n).standard_normal(self.out[n].shape, dtype=compute) for n in self.asked}
         self.dout: Arrays = {n: flowing.get(n) for n in self.shapes if not n.startswith("kept.")}
         given = {n: a for n, a in self.x.items() if a is not None and a.dtype.kind == "f"}
         self.dx = {n: np.empty(a.shape, a.dtype) for n, a in given.items()}

@@ -36,10 +36,10 @@ Candidate = tuple[str, Config]
 class Bench:
     """One pass of one problem, and the candidates that ran it."""
 
-    def __init__(self, problem: Problem, part: str, forward: Candidate | None) -> None:
-        self.problem, self.part, self.forward = problem, part, forward
+    def __init__(self, problem: Problem, part: str, forward: Candidate | None, rigs: dict[type[Rig], Rig]) -> None:
+        self.problem, self.part, self.forward, self.rigs = problem, part, forward, rigs
         self._kernels: dict[str, Kernel] = {}
-        self._rigs: dict[type[Rig], Rig] = {}
+        self._filled: set[type[Rig]] = set()
         self._ready: dict[tuple[str, tuple[tuple[str, int], ...]], Any] = {}
         self._default: Named | None = None
 
@@ -53,13 +53,15 @@ class Bench:
     def rig(self, kernel: Kernel) -> Rig:
         """The arrays that a kernel runs on; those of a backward have a forward's outputs in them."""
         kind = rig_of(self.problem, kernel)
-        if kind not in self._rigs:
-            rig = self._rigs[kind] = kind(self.problem)
-            if self.part == BACKWARD and self.forward is not None:
-                name, config = self.forward
-                rig.run(FORWARD, self.kernel(name), config)()
-                rig.wait()
-        return self._rigs[kind]
+        if kind not in self.rigs:
+            self.rigs[kind] = kind(self.problem)
+        rig = self.rigs[kind]
+        if kind not in self._filled and self.part == BACKWARD and self.forward is not None:
+            name, config = self.forward
+            rig.run(FORWARD, self.kernel(name), config)()
+            rig.wait()
+            self._filled.add(kind)
+        return rig
 
     def once(self, name: str, config: Config) -> tuple[Rig, Any]:
         """A rig and what runs the candidate on it."""
@@ -145,8 +147,10 @@ class Worker:
         if do == "open":
             installed()  # a backend may register mixers of its own
             forward = request["forward"]
-            problem = from_json(request["problem"])
-            self.bench = Bench(problem, request["part"], (forward[0], forward[1]) if forward else None)
+            problem, rigs = from_json(request["problem"]), {}
+            if self.bench is not None and (self.bench.problem, self.bench.problem.sizes) == (problem, problem.sizes):
+                rigs = self.bench.rigs  # the same arrays serve both passes
+            self.bench = Bench(problem, request["part"], (forward[0], forward[1]) if forward else None, rigs)
             return {}
         assert self.bench is not None
         name, config = request["name"], request["config"]

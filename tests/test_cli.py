@@ -91,7 +91,7 @@ def test_check_passes_and_says_how_near_the_limit_it_came(monkeypatch: pytest.Mo
     def few(backend: str, *, mixers: tuple[str, ...]) -> Iterator[Case]:
         spec = get_spec(mixers[0])
         for kernel in check.kernels(backend, spec.name):
-            yield Case("truth", settings(spec)[0], backend, kernel, "float64")
+            yield Case("truth", settings(spec)[0], backend, kernel, "float64", check.own_library(kernel))
 
     monkeypatch.setattr(check, "cases", few)
     code, text = run("check", "linear_attention")

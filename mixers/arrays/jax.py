@@ -82,7 +82,7 @@ class JAX:
         x = dict(call.x)
         if x["offsets"] is not None:
             check_offsets(x["offsets"], call.sizes.T)
-        fill_first_state(call, x)
+        fill_first_state(call, x, counters=True)
         return x
 
     def call(self, mixer: Mixer, **arguments: Any) -> Result:
@@ -257,7 +257,8 @@ def _apply(static: _Static, x: Arrays) -> Arrays:
 def _differentiable(static: _Static, x: Arrays) -> Arrays:
     out: Arrays = {}
     static.plan.forward(static.problem, x, out)
-    return vary(dict(_stored(static.problem, out)), x)
+    found: Arrays = vary(dict(_stored(static.problem, out)), x)
+    return found
 
 
 def _stored(problem: Problem, out: Arrays) -> Iterator[tuple[str, Array]]:
