@@ -5,6 +5,7 @@ y_t, state = mix.step(q_t, k_t, v_t, beta=b_t, state=state)
 y = mix.decode(q, k, v, beta=b, pool=pool, slots=slots)
 """
 
+import functools
 import json
 import logging
 import math
@@ -469,6 +470,12 @@ def get(
     """
     spec = name if isinstance(name, MixerSpec) else get_spec(name)
     return Mixer(spec, backend, options, state_dtype, allow_tf32)
+
+
+@functools.lru_cache(maxsize=256)
+def part(name: str | MixerSpec, backend: str, allow_tf32: bool, options: tuple[tuple[str, Any], ...]) -> Mixer:
+    """A mixer as a part of a composition: made once, so that its plans are."""
+    return get(name, backend, allow_tf32=allow_tf32, **dict(options))
 
 
 _from_key: dict[str, Mixer] = {}
