@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -359,15 +360,22 @@ def cases(names: list[str], shapes: list[tuple[int, int, int, int]]) -> list[tup
     return found
 
 
-def compile_first(names: list[str], shapes: list[int], jobs: int, rest: list[str]) -> None:
-    """Every mixer at every shape in a process of its own, so that the caches of compiled kernels are full."""
+def family(case: Case) -> str:
+    """What cases share whose kernels are compiled together: lengths and batches are no part of it."""
+    return ",".join(map(str, (case.mixer, case.key_heads or case.heads, case.heads, case.key_dim)))
 
-    def one(name: str, shape: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--mixers", name, "--shapes", str(shape), "--once", *rest]
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+def compile_first(wanted: list[tuple[Case, bool]], jobs: int) -> None:
+    """Every family in a process of its own, so that the caches of compiled kernels are full, and of fla's tuner."""
+    gpus = itertools.cycle(map(str, range(torch.cuda.device_count())))
+
+    def one(name: str, gpu: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--once", name]
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, env=env)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda pair: one(*pair), itertools.product(names, shapes)))
+        list(pool.map(one, dict.fromkeys(family(case) for case, _ in wanted), gpus))
 
 
 def once(case: Case, peer: bool) -> None:
@@ -395,22 +403,22 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without fla")
     parser.add_argument("--serve", action=argparse.BooleanOptionalAction, default=True, help="step and decode too")
     parser.add_argument("--jobs", type=int, default=0, help="compile in so many processes first")
-    parser.add_argument("--once", action="store_true", help="run every case once and measure nothing")
+    parser.add_argument("--once", metavar="FAMILY", help="run every case of it once and measure nothing")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     chosen = parser.parse_args()
 
     wanted = cases(chosen.mixers, [SHAPES[i] for i in chosen.shapes])
+    wanted += [(case, True) for case in serving_cases()] if chosen.serve else []
     wanted = [(replace(case, dtype=chosen.dtype), peer and not chosen.alone) for case, peer in wanted]
     if chosen.once:
         for case, peer in wanted:
-            with contextlib.suppress(Exception):  # what fails will say so when it is measured
-                once(case, peer)
+            if family(case) == chosen.once:
+                with contextlib.suppress(Exception):  # what fails will say so when it is measured
+                    once(case, peer)
         return
     if chosen.jobs:
-        compile_first(chosen.mixers, list(chosen.shapes), chosen.jobs, ["--alone"] if chosen.alone else [])
-    if chosen.serve:
-        wanted += [(case, not chosen.alone) for case in serving_cases()]
+        compile_first(wanted, chosen.jobs)
     rates = floor.measure("cuda", chosen.dtype)
     found: dict[str, Any] = {"machine": machine(), "rates": vars(rates), "duels": [], "serving": []}
     print("\n".join(f"{name}: {value}" for name, value in found["machine"].items()))

@@ -9,7 +9,8 @@ from benchmarks.case import FORWARD, STEP, TRAIN, Case
 from benchmarks.inputs import Arrays, convert
 from benchmarks.peers import Run
 from mixers.backend import Kernel, installed
-from mixers.check import Pinned, own_library
+from mixers.check import own_library
+from mixers.check.pinned import Pinned
 from mixers.mixer import Mixer
 from mixers.problem import Flags, Problem
 

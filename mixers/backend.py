@@ -45,7 +45,7 @@ class Place:
     """Where kernels run.
 
     Attributes:
-        libraries: whose arrays they serve.
+        libraries: whose arrays they serve; ``cuda`` for every library with arrays of a GPU but torch and JAX.
         devices: where those may be.
     """
 
@@ -54,7 +54,8 @@ class Place:
 
     def holds(self, problem: Problem) -> Support:
         """Whether the arrays of a problem are there."""
-        if problem.library not in self.libraries:
+        library = problem.library if problem.library in ("numpy", "torch", "jax") else "cuda"
+        if library not in self.libraries:
             return Support.no(f"takes arrays of {' and '.join(self.libraries)}, not of {problem.library}")
         if problem.device not in self.devices:
             return Support.no(f"runs on {' and '.join(self.devices)}, and the arrays are on {problem.device}")
@@ -87,8 +88,13 @@ class Kernel(ABC):
         mixers: the names of the mixers that it runs.
         arrays: the library whose arrays it takes: ``"numpy"``, ``"torch"`` or ``"jax"``, or ``"any"``. A kernel of
             NumPy arrays is given them in the working dtype; any other takes arrays as the caller passed them, fills
-            outputs in their final dtype and gradients in that of their inputs, and does without ``kept.*``.
+            outputs in their final dtype and gradients in that of their inputs, and does without ``kept.*``. A kernel of
+            JAX arrays is a pure function, called while JAX traces: ``out`` and ``dx`` come empty, and it puts arrays
+            into them, in any floating dtype; what it puts there as ``kept.*``, under names of its own, is what the
+            backward gets as ``out``. A counter of the first state that is absent is zero.
         in_place: it has ``decode``.
+        batch_invariant: with ``flags.batch_invariant`` the bits of a sequence do not depend on what else is in the
+            batch, on how it is packed, nor on the number of threads.
     """
 
     name: str
@@ -96,6 +102,7 @@ class Kernel(ABC):
     mixers: frozenset[str]
     arrays: str
     in_place: bool = False
+    batch_invariant: bool = False
 
     @abstractmethod
     def supports(self, problem: Problem) -> Support:
@@ -143,6 +150,8 @@ class Backend(Protocol):
         recomputes: its kernels keep nothing for a backward, which computes their states again.
         place: where its kernels run; asked before they are loaded. ``auto`` never looks at a backend out of its place,
             a caller who names it may: a simulator runs elsewhere.
+        libraries: optional, distributions whose versions decide about speed; its own name by default.
+        compile_only: optional, ``compile_only(capability)`` makes a process without a GPU compile what it launches.
     """
 
     name: str

@@ -77,7 +77,7 @@ def validate(
     bound = _axes(spec, options, library, inputs, token)
     x: Arrays = {a.name: inputs[a.name] for a in (*spec.inputs, *spec.parameters) if inputs.get(a.name) is not None}
     if token:
-        x = {a.name: x[a.name][:, None] for a in spec.inputs if a.name in x} | {
+        x = {a.name: _one_token(x[a.name]) for a in spec.inputs if a.name in x} | {
             a.name: x[a.name] for a in spec.parameters if a.name in x
         }
     host, x["offsets"], sequences = _offsets(spec, library, cu_seqlens, bound, x["q"])
@@ -102,6 +102,13 @@ def validate(
     if spec.refuse is not None:
         spec.refuse(call, initial_state, token)
     return call
+
+
+def _one_token(array: Array) -> Array:
+    """With an axis of time; Numba's arrays know of no new axes, but of new shapes."""
+    if type(array).__module__.startswith("numba."):
+        return array.reshape(array.shape[0], 1, *array.shape[1:])
+    return array[:, None]
 
 
 # The axes of NumPy arrays that were found in order: a decoded token looks like the one before it.
@@ -160,7 +167,12 @@ def _check_array(spec: MixerSpec, library: Library, arg: Arg, array: Array, inpu
     if strict and dtype != wanted:
         raise TypeError(f"{spec.name}: {name} has dtype {dtype} and q {wanted}; q, k and v share one dtype")
     if not library.same_device(array, inputs_q):
-        raise TypeError(f"{spec.name}: {name} is on {array.device} and q on {inputs_q.device}; move them together")
+        raise TypeError(f"{spec.name}: {name} is on {_place(array)} and q on {_place(inputs_q)}; move them together")
+
+
+def _place(array: Array) -> str:
+    """Where an array lies, for a message: Numba's have no device to tell."""
+    return str(getattr(array, "device", "another GPU"))
 
 
 def _bind(spec: MixerSpec, options: Options, arg: Arg, array: Array, bound: dict[str, int], token: bool) -> None:
@@ -258,7 +270,7 @@ def check_kept(spec: MixerSpec, library: Library, what: str, field: Field, array
         wanted = "int32" if field.counter else f"one of {', '.join(FLOATING)}"
         raise TypeError(f"{spec.name}: {name} has dtype {dtype}; expected {wanted}")
     if not library.same_device(array, q):
-        raise TypeError(f"{spec.name}: {name} is on {array.device} and q on {q.device}; move them together")
+        raise TypeError(f"{spec.name}: {name} is on {_place(array)} and q on {_place(q)}; move them together")
 
 
 def _check_state(spec: MixerSpec, library: Library, field: Field, array: Array, sizes: Sizes, q: Array) -> Array:

@@ -4,6 +4,8 @@ mixers list
 mixers info
 mixers explain lattice --shape 1,1024,8,64,64 --library torch -o chunk_size=16
 mixers check
+mixers tune lattice --shape 1,1024,8,64,64
+mixers profile show
 """
 
 import ast
@@ -73,6 +75,7 @@ def explain(
     dtype: Annotated[str, typer.Option(help="of q, k and v")] = "float32",
     library: Annotated[str, typer.Option(help="numpy or torch")] = "numpy",
     option: Annotated[list[str] | None, typer.Option("-o", "--option", help="a mixer's option, name=value")] = None,
+    grad: Annotated[bool, typer.Option(help="its backward too")] = False,
 ) -> None:
     """Every way to run a call of this shape: the one that is chosen, and why the others are not."""
     try:
@@ -85,7 +88,7 @@ def explain(
             for arg in (*mix.spec.inputs, *mix.spec.parameters)
             if not arg.optional
         }
-        explanation = mix.explain(**x)
+        explanation = mix.explain(**x, grad=grad)
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(str(explanation))
@@ -96,7 +99,8 @@ def check(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="mixers; all by default")] = None,
 ) -> None:
     """Compare every kernel of every available backend with the reference in float64; exit code 1 where one is wrong."""
-    from mixers.check import Case, Verdict, cases
+    from mixers.check import Case, cases
+    from mixers.check.verdict import Verdict
 
     for name in names or ():
         if name not in mixers.names():
@@ -190,3 +194,7 @@ def _gpus() -> list[str]:
     query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     return found.stdout.strip().splitlines() if found.returncode == 0 else []
+
+
+# By its name: the core knows of the tuner in ``mixers.mixer`` alone.
+import_module("mixers.autotune.commands").add(app, _option)

@@ -5,19 +5,37 @@ y_t, state = mix.step(q_t, k_t, v_t, beta=b_t, state=state)
 y = mix.decode(q, k, v, beta=b, pool=pool, slots=slots)
 """
 
+import dataclasses
 import functools
 import json
 import logging
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
 from mixers import compose
 from mixers.arrays import library_of, prepare
-from mixers.autotune.policy import REFERENCE, Candidate, candidates, check_backend, choose, choose_in_place
+from mixers.autotune import knowledge
+from mixers.autotune.explanation import Explanation
+from mixers.autotune.journal import Decision
+from mixers.autotune.journal import log as decisions
+from mixers.autotune.key import BACKWARD, FORWARD
+from mixers.autotune.policy import (
+    REFERENCE,
+    Asked,
+    Choice,
+    candidates,
+    check_backend,
+    check_kernel,
+    choose,
+    choose_backward,
+    choose_in_place,
+    whatever_the_batch,
+)
 from mixers.backend import Config, Kernel, Pool, installed
+from mixers.bound import Bound
 from mixers.call import Call, validate
 from mixers.problem import Arrays, Flags, Problem
 from mixers.registry import get_spec
@@ -27,16 +45,26 @@ from mixers.spec import Array, MixerSpec, Sizes
 log = logging.getLogger("mixers")
 
 _STATE_DTYPES = ("", "float32", "float64", "bfloat16", "float16")
-_announced: set[tuple[str, str]] = set()
+_announced: set[tuple[str, str, str]] = set()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The kernel and configuration that were chosen; without a kernel, the reference runs."""
+    """The kernel and configuration that were chosen; without a kernel, the reference runs.
+
+    Attributes:
+        backend: its name.
+        kernel: runs the forward, and the backward where no other does.
+        config: its configuration.
+        adjoint: runs the backward.
+        adjoint_config: its configuration.
+    """
 
     backend: str
     kernel: Kernel | None
     config: Config
+    adjoint: Kernel | None = None
+    adjoint_config: Config = field(default_factory=dict)
 
     def forward(self, problem: Problem, x: Arrays, out: Arrays) -> None:
         """Fill ``out``."""
@@ -44,16 +72,17 @@ class Plan:
         try:
             self.kernel.forward(problem, self.config, x, out)
         except Exception as error:
-            self._name(error, problem)
+            self._name(error, problem, self.kernel, self.config)
             raise
 
     def backward(self, problem: Problem, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill ``dx``."""
-        assert self.kernel is not None
+        kernel, config = (self.adjoint, self.adjoint_config) if self.adjoint else (self.kernel, self.config)
+        assert kernel is not None
         try:
-            self.kernel.backward(problem, self.config, x, out, dout, dx)
+            kernel.backward(problem, config, x, out, dout, dx)
         except Exception as error:
-            self._name(error, problem)
+            self._name(error, problem, kernel, config)
             raise
 
     def decode(self, problem: Problem, x: Arrays, pool: Pool, y: Array) -> None:
@@ -62,14 +91,13 @@ class Plan:
         try:
             self.kernel.decode(problem, self.config, x, pool, y)
         except Exception as error:
-            self._name(error, problem)
+            self._name(error, problem, self.kernel, self.config)
             raise
 
-    def _name(self, error: Exception, problem: Problem) -> None:
+    def _name(self, error: Exception, problem: Problem, kernel: Kernel, config: Config) -> None:
         """What fails in a kernel says which one, with which configuration, on what."""
-        assert self.kernel is not None
-        config = ", ".join(f"{name}={value}" for name, value in self.config.items()) or "no choices"
-        error.add_note(f"in {self.backend}/{self.kernel.name} ({config}), running {problem}")
+        choices = ", ".join(f"{name}={value}" for name, value in config.items()) or "no choices"
+        error.add_note(f"in {self.backend}/{kernel.name} ({choices}), running {problem}")
 
 
 @dataclass(frozen=True)
@@ -86,31 +114,6 @@ class TensorSpec:
         return math.prod(self.shape) * {"float64": 8, "bfloat16": 2, "float16": 2}.get(self.dtype, 4)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Every way to run a call: prints as a table, the chosen one marked."""
-
-    problem: Problem
-    candidates: tuple[Candidate, ...]
-    remark: str = ""
-
-    @property
-    def chosen(self) -> Candidate:
-        """The candidate that runs."""
-        return next(c for c in self.candidates if c.support)
-
-    def __str__(self) -> str:
-        chosen = next((c for c in self.candidates if c.support), None)
-        lines = [str(self.problem)]
-        for c in self.candidates:
-            mark = "→" if c is chosen else " "
-            why = "chosen: the first that can" if c is chosen else c.support.reason or "can, but comes later"
-            config = " ".join(f"{k}={v}" for k, v in (c.config or {}).items())
-            lines.append(f"  {mark} {c.name:<28} {config:<16} {why}".rstrip())
-        lines += [f"  {self.remark}"] if self.remark else []
-        return "\n".join(lines)
-
-
 class Mixer:
     """A mixer with its options set. Calling it never changes it; it pickles, copies and compares by value.
 
@@ -120,6 +123,9 @@ class Mixer:
         backend: as given to ``mixers.get``.
         state_dtype: storage dtype of returned states; empty for float32 (float64 where q is).
         allow_tf32: float32 products may round their operands to tf32.
+        batch_invariant: the bits of a sequence do not depend on the batch that it is in.
+        tune: measure candidates when a problem is new.
+        asked: the backend, kernel and configuration that were asked for by name.
         recomputes: the kernels of an explicit backend compute their states again in the backward.
     """
 
@@ -130,6 +136,11 @@ class Mixer:
         options: dict[str, Any],
         state_dtype: str = "",
         allow_tf32: bool = False,
+        *,
+        kernel: str = "",
+        config: Config | None = None,
+        batch_invariant: bool = False,
+        tune: bool = False,
     ) -> None:
         """See ``mixers.get``."""
         check_backend(backend)
@@ -140,10 +151,19 @@ class Mixer:
         self.backend = backend
         self.state_dtype = state_dtype
         self.allow_tf32 = bool(allow_tf32)
+        self.batch_invariant, self.tune = bool(batch_invariant), bool(tune)
+        self.asked = Asked(backend, kernel, None if config is None else tuple(sorted(config.items())))
+        check_kernel(spec, self.asked)
         self.recomputes = backend in installed() and installed()[backend].recomputes
         self._plans: dict[Problem, Plan] = {}
         self._plans_in_place: dict[Problem, Plan | None] = {}
-        self.key = json.dumps([spec.name, backend, self.options, state_dtype, self.allow_tf32])
+        self._shortcuts: dict[Any, Any] = {}
+        self._latest: dict[Problem, tuple[int, Plan]] = {}
+        self._generation = knowledge.generation()
+        rest = {"kernel": kernel, "config": config, "batch_invariant": self.batch_invariant, "tune": self.tune}
+        self.key = json.dumps(
+            [spec.name, backend, self.options, state_dtype, self.allow_tf32, {n: v for n, v in rest.items() if v}]
+        )
         prepare(self)
 
     def __repr__(self) -> str:
@@ -192,6 +212,10 @@ class Mixer:
             ValueError: an input is missing or misshapen, or an explicit backend cannot serve.
             TypeError: an input is unknown, no array, or of another library, dtype or device.
         """
+        if initial_state is None and cu_seqlens is None and self.spec.settle is None:
+            found = library_of(q, "q").again(self, {"q": q, "k": k, "v": v, **gates}, return_state, checkpoint_every)
+            if found is not None:
+                return found
         call = self._call(q, k, v, gates, initial_state, cu_seqlens, return_state, checkpoint_every)
         return self._result(call, self._run(call))
 
@@ -339,13 +363,37 @@ class Mixer:
             for f in fields
         )
 
-    def explain(self, q: Array, k: Array, v: Array, **rest: Any) -> Explanation:
-        """Every candidate for a call, chosen or refused, with its reason. Takes what a call takes; runs nothing."""
+    def bind(self, q: Array, k: Array, v: Array, **gates: Array) -> Bound:
+        """The call for NumPy arrays of these shapes and dtypes, with its kernel: for many small ones in a loop.
+
+        Returns:
+            A function of the same arguments that checks shapes and dtypes, and nothing else, before its kernel runs.
+
+        Raises:
+            TypeError: the arrays are not NumPy's.
+            ValueError: as in a call, or no kernel runs it.
+        """
+        call = self._call(q, k, v, gates, None, None, True, None)
+        if call.library.name != "numpy":
+            raise TypeError(f"bind is for NumPy arrays; a second call on {call.library.name} arrays is quick as it is")
+        return Bound(self, call)
+
+    def explain(self, q: Array, k: Array, v: Array, *, grad: bool = False, **rest: Any) -> Explanation:
+        """Every candidate for a call, chosen or refused, with reason, times, error, and where that is known from.
+
+        Takes what a call takes, and ``grad=True`` for its backward too; runs nothing.
+        """
         state, pack = rest.pop("initial_state", None), rest.pop("cu_seqlens", None)
-        call = self._call(q, k, v, rest, state, pack, True, None)
-        problem = call.problem()
-        remark = "" if self.spec.remark is None else self.spec.remark(self, call)
-        return Explanation(problem, tuple(candidates(problem, self.backend)), remark)
+        call = self._call(q, k, v, rest, state, pack, True, None, grad=grad)
+        problem, note = call.problem(), "" if self.spec.remark is None else self.spec.remark(self, call)
+        found = tuple(candidates(whatever_the_batch(problem), self.asked))
+        if not any(c.support for c in found):
+            return Explanation(problem, found, note=note)
+        forward = choose(problem, self.asked)
+        choices = [(FORWARD, forward)]
+        if grad and forward.candidate.kernel is not None:
+            choices.append((BACKWARD, choose_backward(problem, self.asked, forward.candidate)))
+        return Explanation(problem, found, tuple(choices), note)
 
     def warmup(self, q: Array, k: Array, v: Array, *, grad: bool = False, **rest: Any) -> None:
         """Compile now what a call like this one will run, its backward too with ``grad=True``."""
@@ -364,39 +412,96 @@ class Mixer:
             checkpoint_every=checkpoint_every,
             state_dtype=self.state_dtype,
             allow_tf32=self.allow_tf32,
+            batch_invariant=self.batch_invariant,
         )
 
-    def validated(self, q: Array, k: Array, v: Array, **gates: Array | None) -> Call:
+    def validated(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_state: bool = True,
+        checkpoint_every: int | None = None,
+        **gates: Array | None,
+    ) -> Call:
         """A plain call on whole sequences, checked."""
-        return self._call(q, k, v, gates, None, None, True, None)
+        return self._call(q, k, v, gates, None, None, return_state, checkpoint_every)
 
-    def plan(self, problem: Problem) -> Plan:
-        """The kernel for a problem, chosen once.
+    def plan(self, problem: Problem, again: bool = False) -> Plan:
+        """The kernel for a problem, chosen once for all that is known.
+
+        Args:
+            problem: the call.
+            again: it is computed again in a backward: its forward's plan stays, whatever has become known since.
 
         Raises:
             ValueError: an explicit backend cannot serve; the message lists its reasons.
         """
+        self._refresh()
+        if again and (kept := self._kept(problem)) is not None:
+            return kept
         plan = self._plans.get(problem)
         if plan is None:
-            chosen = choose(problem, self.backend)
-            plan = self._plans[problem] = Plan(chosen.backend, chosen.kernel, chosen.config or {})
-            self._announce(chosen)
+            if self.tune:
+                from mixers.autotune.tuner import tune_new
+
+                tune_new(problem, self.asked)
+                self._refresh()
+            plan = self._plans[problem] = self._choose(problem)
+            self._latest[problem] = knowledge.generation(), plan
         return plan
+
+    def _refresh(self) -> None:
+        """Forget plans that were made before what is known now."""
+        now = knowledge.generation()
+        if self._generation != now:
+            self._plans.clear()
+            self._shortcuts.clear()
+            self._generation = now
+
+    def _kept(self, problem: Problem) -> Plan | None:
+        """The plan of the forward that a backward belongs to: the latest, whether gradients were on or not."""
+        alone = dataclasses.replace(problem, flags=dataclasses.replace(problem.flags, grad=False, recompute=False))
+        found = [made for p in (problem, alone) if (made := self._latest.get(p)) is not None]
+        if not found:
+            return None
+        plan = max(found, key=lambda made: made[0])[1]
+        return plan if plan.kernel is None or plan.kernel.supports(problem) else None
+
+    def _choose(self, problem: Problem) -> Plan:
+        forward = choose(problem, self.asked)
+        chosen = forward.candidate
+        self._announce(problem, FORWARD, forward)
+        if chosen.kernel is None or not problem.flags.grad:
+            return Plan(chosen.backend, chosen.kernel, chosen.config or {})
+        backward = choose_backward(problem, self.asked, chosen)
+        self._announce(problem, BACKWARD, backward)
+        adjoint = backward.candidate
+        return Plan(chosen.backend, chosen.kernel, chosen.config or {}, adjoint.kernel, adjoint.config or {})
 
     def plan_in_place(self, problem: Problem) -> Plan | None:
         """The kernel that decodes a problem on a pool itself, None where there is none."""
         if problem not in self._plans_in_place:
-            chosen = choose_in_place(problem, self.backend)
+            chosen = choose_in_place(problem, self.asked)
             plan = None if chosen is None else Plan(chosen.backend, chosen.kernel, chosen.config or {})
             self._plans_in_place[problem] = plan
         return self._plans_in_place[problem]
 
-    def _announce(self, chosen: Candidate) -> None:
-        if self.backend == "auto" and (self.spec.name, chosen.name) not in _announced:
-            _announced.add((self.spec.name, chosen.name))
-            log.info(
-                "%s runs on %s: the first candidate that can (mix.explain(...) lists all)", self.spec.name, chosen.name
-            )
+    def _announce(self, problem: Problem, part: str, choice: Choice) -> None:
+        chosen = choice.candidate
+        source = choice.source or "the first candidate that can"
+        decisions.append(Decision(str(problem), part, chosen.name, chosen.config or {}, source))
+        if self.asked.backend == "auto" and (self.spec.name, part, chosen.name) not in _announced:
+            _announced.add((self.spec.name, part, chosen.name))
+            what = self.spec.name if part == FORWARD else f"the backward of {self.spec.name}"
+            log.info("%s runs on %s: %s (mix.explain(...) lists all)", what, chosen.name, source)
+
+    def shortcuts(self) -> dict[Any, Any]:
+        """What a library remembers of calls that it has seen, for as long as nothing new is known."""
+        if self._generation != knowledge.generation():
+            self._refresh()
+        return self._shortcuts
 
     def _call(
         self,
@@ -411,6 +516,9 @@ class Mixer:
         grad: bool = False,
         token: bool = False,
     ) -> Call:
+        for name, given in (("checkpoint_every", checkpoint_every), ("return_state", return_state)):
+            if given is not None and not isinstance(given, (int, np.integer, np.bool_)):
+                raise TypeError(f"{name} is a {type(given).__name__}; expected a plain value, known before any tracing")
         every = checkpoint_every or 0
         if every < 0:
             raise ValueError(f"checkpoint_every={every}; expected a whole number from 1 up, or None")
@@ -453,6 +561,11 @@ def get(
     *,
     state_dtype: str = "",
     allow_tf32: bool = False,
+    kernel: str = "",
+    config: Config | None = None,
+    batch_invariant: bool = False,
+    tune: bool = False,
+    drift: float | None = None,
     **options: Any,
 ) -> Mixer:
     """A mixer, ready to call.
@@ -463,13 +576,29 @@ def get(
             truth; any other name is explicit and never falls back.
         state_dtype: storage dtype of returned states (``bfloat16``, ``float16``); the arithmetic stays float32.
         allow_tf32: let kernels on a GPU round the operands of float32 products to tf32: faster, errors near 1e-3.
+        kernel: run this kernel and no other, as ``"delta.chunk"``; ``mix.explain(...)`` lists them.
+        config: its configuration, as ``{"block": 16}``; nothing that was measured overrides it.
+        batch_invariant: one kernel, configuration and order of sums whatever the batch, the length or the packing, so
+            that the bits of a sequence do not depend on what it is computed with.
+        tune: measure candidates, in another process, when a call's problem is new to the profile: seconds, once.
+        drift: with ``chunk_size="auto"``, how far outputs may be from the exact recurrence's, relative to their norm:
+            the fastest chunk within it is found on the first call's inputs.
         options: the mixer's options, as ``chunk_size=16``; see ``mixers.get_spec(name)``.
 
     Raises:
         ValueError: the mixer, backend or option is unknown (the nearest name is offered), or a value is not allowed.
     """
     spec = name if isinstance(name, MixerSpec) else get_spec(name)
-    return Mixer(spec, backend, options, state_dtype, allow_tf32)
+    rest: dict[str, Any] = {"kernel": kernel, "config": config, "batch_invariant": batch_invariant, "tune": tune}
+    if options.get("chunk_size") == "auto":
+        from mixers.autotune.drift import AutoChunk
+
+        del options["chunk_size"]
+        plain = {"backend": backend, "state_dtype": state_dtype, "allow_tf32": allow_tf32}
+        return cast("Mixer", AutoChunk(spec, drift, plain | rest | options))
+    if drift is not None:
+        raise ValueError(f'drift={drift!r} goes with chunk_size="auto"')
+    return Mixer(spec, backend, options, state_dtype, allow_tf32, **rest)
 
 
 @functools.lru_cache(maxsize=256)
@@ -484,6 +613,6 @@ _from_key: dict[str, Mixer] = {}
 def from_key(key: str) -> Mixer:
     """The mixer that a ``Mixer.key`` describes."""
     if key not in _from_key:
-        name, backend, options, state_dtype, allow_tf32 = json.loads(key)
-        _from_key[key] = get(name, backend, state_dtype=state_dtype, allow_tf32=allow_tf32, **options)
+        name, backend, options, state_dtype, allow_tf32, rest = json.loads(key)
+        _from_key[key] = get(name, backend, state_dtype=state_dtype, allow_tf32=allow_tf32, **rest, **options)
     return _from_key[key]

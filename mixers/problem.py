@@ -36,6 +36,7 @@ class Flags:
         checkpoint_every: also return states after every so many tokens; 0 for none.
         state_dtype: storage of returned states; empty for the default.
         allow_tf32: float32 products may round their operands to tf32.
+        batch_invariant: the bits of a sequence must not depend on the batch that it is in.
     """
 
     grad: bool = False
@@ -44,6 +45,7 @@ class Flags:
     checkpoint_every: int = 0
     state_dtype: str = ""
     allow_tf32: bool = False
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Problem:
         options: its options as sorted pairs.
         layouts: the axes of every optional or ambiguous input that is present, as ``(("beta", "B T H"),)``.
         dtype: of q, k and v.
-        library: ``numpy``, ``torch`` or ``jax``.
+        library: ``numpy``, ``torch`` or ``jax``, or the package of another array of a GPU, as ``cupy``.
         device: ``cpu``, ``cuda`` or ``tpu``.
         packed: several sequences lie in one row.
         flags: what else was asked for.

@@ -10,8 +10,10 @@ import mixers
 from mixers import check
 from mixers.backend import backend_status
 from mixers.cases import settings
-from mixers.check import Case, Verdict
+from mixers.check import Case
+from mixers.check.verdict import Verdict
 from mixers.cli import app
+from mixers.registry import get_spec
 
 SHAPE = "1,1024,8,64,64"
 
@@ -87,9 +89,9 @@ def test_explain_refuses_in_words(arguments: tuple[str, ...], message: str) -> N
 
 def test_check_passes_and_says_how_near_the_limit_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     def few(backend: str, *, mixers: tuple[str, ...]) -> Iterator[Case]:
-        spec = check.get_spec(mixers[0])
+        spec = get_spec(mixers[0])
         for kernel in check.kernels(backend, spec.name):
-            yield Case("truth", settings(spec)[0], backend, kernel, "float64")
+            yield Case("truth", settings(spec)[0], backend, kernel, "float64", check.own_library(kernel))
 
     monkeypatch.setattr(check, "cases", few)
     code, text = run("check", "linear_attention")

@@ -58,7 +58,7 @@ def problem(**changes: Any) -> Problem:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"library": "jax"}, "not of jax"),
+        ({"library": "cupy" if DEVICE == "cpu" else "numpy"}, "not of "),
         ({"K": 300}, "up to 256 channels, and K = 300"),
         ({"V": 0}, "V = 0"),
         ({"device": "cpu" if DEVICE == "cuda" else "cuda"}, "the arrays are on"),

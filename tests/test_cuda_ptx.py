@@ -13,7 +13,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from mixers.backends import cuda as home  # noqa: E402
 
 import mixers  # noqa: E402
-from mixers.check import Pinned  # noqa: E402
+from mixers.check.pinned import Pinned  # noqa: E402
 
 if home.SIMULATED:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
@@ -43,32 +43,52 @@ def compiled(monkeypatch: pytest.MonkeyPatch, generation: str) -> dict[Any, str]
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", home.backend.kernels(), ids=lambda kernel: kernel.name)
-def test_ptx_without_a_gpu(kernel: Any, dtype: str, generation: str, compiled: dict[Any, str]) -> None:
-    name = widest(kernel)
-    mix = Pinned(mixers.get_spec(name), "cuda", kernel, {})
-    x = {}
+def prepared(kernel: Any, dtype: str, tokens: int) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A problem as on a GPU, its inputs, the first state beside them, and outputs."""
+    from mixers.arrays.torch import _with_first_state
+
+    mix, x = Pinned(mixers.get_spec(widest(kernel)), "cuda", kernel, {}), {}
     for arg in mix.spec.inputs:
-        shape = [{"B": 1, "T": 4, "K": 64, "V": 64}.get(axis, 2) for axis in arg.layouts[0]]
+        shape = [{"B": 1, "T": tokens, "K": 64, "V": 64}.get(axis, 2) for axis in arg.layouts[0]]
         x[arg.name] = torch.zeros(shape, dtype=getattr(torch, dtype if arg.name in ("q", "k", "v") else "float32"))
     call = mix.validated(**x)
     problem = dataclasses.replace(call.problem(), device="cuda")
-    support = kernel.supports(problem)
-    if not support:
-        pytest.skip(support.reason)
-    from mixers.arrays.torch import _with_first_state
-
-    given = _with_first_state(problem, call.x)
     out = {n: torch.empty(s, dtype=getattr(torch, d)) for n, (s, d) in problem.outputs().items()}
-    gradients = {n: torch.empty_like(a) for n, a in x.items()}
-    config = kernel.configs(problem)[0]
-    kernel.forward(problem, config, given, out)
-    kernel.backward(problem, config, given, out, dict(out), gradients)
+    return problem, x, _with_first_state(problem, call.x), out
+
+
+def check(compiled: dict[Any, str], dtype: str, generation: str) -> None:
+    """What was compiled is for a generation, and keeps nothing in local memory."""
     assert compiled
     for (module, chosen), text in compiled.items():
         assert f".target {generation}" in text and ".visible .entry mixers_kernel" in text
         if dtype != "float64":
             assert "__local_depot" not in text, f"{module} keeps an array in local memory: {dict(chosen)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", home.backend.kernels(), ids=lambda kernel: kernel.name)
+def test_ptx_without_a_gpu(kernel: Any, dtype: str, generation: str, compiled: dict[Any, str]) -> None:
+    problem, x, given, out = prepared(kernel, dtype, tokens=4)
+    support = kernel.supports(problem)
+    if not support:
+        pytest.skip(support.reason)
+    gradients = {n: torch.empty_like(a) for n, a in x.items()}
+    config = kernel.configs(problem)[0]
+    kernel.forward(problem, config, given, out)
+    kernel.backward(problem, config, given, out, dict(out), gradients)
+    check(compiled, dtype, generation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "generation"), [("bfloat16", "sm_90")])
+def test_ptx_of_a_single_token(dtype: str, generation: str, compiled: dict[Any, str]) -> None:
+    kernel = next(k for k in home.backend.kernels() if "kda" in k.mixers)
+    problem, _, given, out = prepared(kernel, dtype, tokens=1)
+    kernel.forward(problem, kernel.configs(problem)[0], given, out)
+    turned = given["initial.state"].transpose(2, 3).contiguous().transpose(2, 3)
+    kernel.forward(problem, kernel.configs(problem)[0], given | {"initial.state": turned}, out)
+    assert {module for module, _ in compiled} == {"delta_step"} and len(compiled) == 2
+    check(compiled, dtype, generation)

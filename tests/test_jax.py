@@ -1,4 +1,9 @@
-"""JAX arrays: the reference as a ``lax.scan``, under ``jit``, ``grad`` and ``vmap``."""
+"""JAX arrays: kernels and the reference under JAX's transformations."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +13,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 import mixers  # noqa: E402
+from mixers.backend import installed  # noqa: E402
 from mixers.cases import Setting, draw  # noqa: E402
 
 NAMES = mixers.names()
@@ -99,6 +105,91 @@ def test_auto_finds_what_takes_jax_arrays(name: str) -> None:
     assert type(mixers.get(name)(**x).y) is type(x["q"])
 
 
+# Kernels. Each of these costs XLA seconds, so a mixer or two stand for all: the laws have the rest.
+
+KERNELS = [("jax", "lattice"), ("jax", "delta_rule"), ("numba", "lattice")]
+
+
+@pytest.mark.parametrize(("backend", "name"), KERNELS)
+def test_kernels_under_transformations(backend: str, name: str) -> None:
+    """``jit``, ``grad``, ``vmap``, ``checkpoint``, ``eval_shape``; other numbers of the same shape trace nothing."""
+    if not mixers.backend_status()[backend]:
+        pytest.skip(f"{backend} is not installed")
+    mix, reference, x = mixers.get(name, backend=backend), mixers.get(name, backend="reference"), inputs(name)
+    traces = []
+
+    def loss(x: dict[str, jax.Array]) -> jax.Array:
+        traces.append(1)
+        return jnp.sum(mix(**x, return_state=False).y ** 2)
+
+    gradient = jax.jit(jax.grad(jax.checkpoint(loss)))
+    got = gradient(x)
+    wanted = jax.jit(jax.grad(lambda x: jnp.sum(reference(**x).y ** 2)))(x)
+    for name_, g in wanted.items():
+        np.testing.assert_allclose(got[name_], g, rtol=0, atol=2e-5)
+    before = len(traces)
+    gradient({n: 2 * a if n == "q" else a for n, a in x.items()})
+    assert len(traces) == before
+
+    alone = jax.vmap(lambda x: mix(**{n: a[None] for n, a in x.items()}).y[0])(x)
+    np.testing.assert_allclose(alone, reference(**x).y, rtol=0, atol=2e-5)
+    shapes = jax.eval_shape(lambda x: mix(**x), x)
+    assert (shapes.y.shape, shapes.state.shape) == (x["v"].shape, (2, 2, 3, 4))
+
+
+def test_kernels_take_traced_offsets() -> None:
+    """Their number is static, their values are not."""
+    mix, x = mixers.get("gla", backend="jax"), inputs("gla", batch=1, tokens=7)
+    run = jax.jit(lambda x, offsets: mix(**x, cu_seqlens=offsets))
+    for offsets in ([0, 4, 4, 7], [0, 1, 6, 7]):
+        got = run(x, jnp.asarray(offsets))
+        wanted = mixers.get("gla", backend="reference")(**x, cu_seqlens=np.asarray(offsets))
+        np.testing.assert_allclose(got.y, wanted.y, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got.state, wanted.state, rtol=0, atol=1e-5)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, mixers
+from jax.sharding import Mesh, PartitionSpec as P
+from mixers.backends.jax.ring import ring
+from tests.test_jax import inputs
+
+x = inputs("gated_delta_rule", tokens=32)
+x |= {n: jnp.repeat(x[n], 2, axis=2) for n in "qk"}
+split = lambda axes: {n: P(*axes) for n in x}
+for backend in ("jax", "numba"):
+    if not mixers.backend_status()[backend]:
+        continue
+    mix = mixers.get("gated_delta_rule", backend=backend)
+    whole, devices = mix(**x), np.array(jax.devices())
+    axes = ("b", None, "h")
+    mesh = Mesh(devices.reshape(2, 2), ("b", "h"))
+    run = jax.shard_map(lambda x: mix(**x).y, mesh=mesh, in_specs=(split(axes),), out_specs=P(*axes))
+    np.testing.assert_allclose(jax.jit(run)(x), whole.y, rtol=0, atol=1e-5)
+    run = jax.shard_map(
+        lambda x: tuple(ring(mix, "t", **x)), mesh=Mesh(devices, ("t",)),
+        in_specs=(split((None, "t")),), out_specs=(P(None, "t"), P()),
+    )
+    loss = lambda run: lambda x: sum(jnp.sum(a**2) for a in run(x))
+    value, got = jax.jit(jax.value_and_grad(loss(run)))(x)
+    wanted = jax.grad(loss(lambda x: tuple(mix(**x))))(x)
+    np.testing.assert_allclose(value, sum(jnp.sum(a**2) for a in whole), rtol=1e-5)
+    for n in x:
+        np.testing.assert_allclose(got[n], wanted[n], rtol=0, atol=1e-4)
+"""
+
+
+def test_shard_map_and_the_ring_equal_one_device() -> None:
+    """Four simulated devices: over batch and heads, and over the tokens of one sequence."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=os.environ | flags | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # What is refused in words.
 
 
@@ -110,7 +201,7 @@ def test_traced_offsets_are_refused() -> None:
 
 def test_a_backend_for_other_arrays_says_so() -> None:
     for backend in mixers.backend_status():
-        if backend in ("reference", "jax"):
+        if backend == "reference" or "jax" in installed()[backend].place.libraries:
             continue
         with pytest.raises(
             ValueError, match=f"backend='{backend}' cannot run delta_rule on jax arrays.*backend='auto'"
@@ -145,3 +236,26 @@ def test_float64_where_it_is_enabled() -> None:
     assert y.dtype == state.dtype == jnp.float64
     wanted = mixers.get("delta_rule", backend="reference")(**{n: np.asarray(a) for n, a in x.items()}).y
     np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-12)
+
+
+def test_float64_that_is_not_enabled_is_named() -> None:
+    with pytest.raises(ValueError, match="x64 mode, which is off"):
+        mixers.get("delta_rule", backend="jax", state_dtype="float64")(**inputs("delta_rule"))
+
+
+def test_tracers_in_place_of_static_values_are_named() -> None:
+    x = inputs("lattice")
+    mix = mixers.get("lattice", backend="jax")
+    with pytest.raises(TypeError, match=r"checkpoint_every is a .*Tracer; expected a plain value"):
+        jax.jit(lambda x, n: mix(**x, checkpoint_every=n).y)(x, 2)
+    with pytest.raises(TypeError, match=r"return_state is a .*Tracer; expected a plain value"):
+        jax.jit(lambda x, n: mix(**x, return_state=n).y)(x, True)
+    with pytest.raises(ValueError, match=r"option chunk_size=.* expected a whole number"):
+        jax.jit(lambda x, n: mixers.get("lattice", chunk_size=n)(**x).y)(x, 2)
+
+
+def test_the_ring_is_for_states_that_compose() -> None:
+    from mixers.backends.jax.ring import ring
+
+    with pytest.raises(ValueError, match="states of lattice do not compose; expected one of"):
+        ring(mixers.get("lattice", backend="jax"), "t", **inputs("lattice"))

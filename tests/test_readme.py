@@ -27,18 +27,20 @@ def _title(program: str) -> str:
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=[f"{i}-{_title(p)}" for i, p in enumerate(PROGRAMS)])
 def test_examples_run_as_printed(program: str, tmp_path: Path) -> None:
-    if "import torch" in program:
-        pytest.importorskip("torch")
+    for library in ("torch", "jax"):
+        if f"import {library}\n" in program:
+            pytest.importorskip(library)
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for printed in re.findall(r"^print\(.*?\)\s+# (\(.*)$", program, flags=re.MULTILINE):
         assert printed in done.stdout
 
 
-def test_there_are_examples_for_torch_numpy_streaming_and_extending() -> None:
-    assert len(PROGRAMS) == 4
-    assert ["import torch" in program for program in PROGRAMS] == [True, False, False, False]
+def test_there_are_examples_for_torch_numpy_streaming_jax_and_extending() -> None:
+    assert len(PROGRAMS) == 5
+    assert ["import torch" in program for program in PROGRAMS] == [True, False, False, False, False]
     assert "mix.step(" in PROGRAMS[2]
+    assert "import jax" in PROGRAMS[3]
 
 
 @functools.cache

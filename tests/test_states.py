@@ -8,7 +8,7 @@ import pytest
 
 import mixers
 from mixers.cases import draw, settings
-from mixers.check import EPSILON, compare
+from mixers.check.verdict import EPSILON, compare
 
 NAMES = mixers.names()
 FIXED = [name for name in NAMES if mixers.get_spec(name).reserve is None]

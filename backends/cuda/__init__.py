@@ -24,10 +24,11 @@ class CudaBackend:
     """See ``mixers.backend.Backend``."""
 
     name = "cuda"
-    summary = "NVIDIA GPUs, exact recurrences and decoding, torch tensors"
+    summary = "NVIDIA GPUs, exact recurrences and decoding, arrays of any library"
     preference = 25
     recomputes = True
-    place = Place(("torch",), ("cuda",))
+    place = Place(("torch", "cuda"), ("cuda",))
+    libraries = ("numba", "numba-cuda")
 
     def status(self) -> Support:
         """Whether Numba-CUDA is installed and a driver found, or Numba's simulator stands in for both."""

@@ -1,8 +1,8 @@
-"""Arrays of any library as numbers: where they lie, how far apart their elements are, on which stream they are used.
+"""Arrays as numbers: where they lie, how far apart their elements are, on which stream they are used.
 
-    torch tensors                        the current stream of their device
-    ``__cuda_array_interface__``         the stream that it names, else the default one
-    NumPy arrays                         in the simulator
+    torch tensors        the current stream of their device
+    ``View``             any other array of a GPU: the stream of its owner
+    NumPy arrays         in the simulator
 
 Nothing is copied and nothing waited for.
 """
@@ -10,12 +10,13 @@ Nothing is copied and nothing waited for.
 import sys
 from typing import Any
 
+import numpy as np
+
+from mixers.arrays.view import View
 from mixers.spec import Array
 
 # Bytes of an element, by the name of its dtype.
 SIZES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
-_CODES = {"f8": "float64", "f4": "float32", "f2": "float16", "i8": "int64", "i4": "int32", "i2": "int16", "i1": "int8"}
-_CODES |= {"b1": "bool", "u1": "uint8"}
 
 
 def _is_tensor(array: Array) -> bool:
@@ -23,17 +24,17 @@ def _is_tensor(array: Array) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def _interface(array: Array) -> Any:
-    """The description of a device array, or of a NumPy one, which has the same fields."""
-    found = getattr(array, "__cuda_array_interface__", None)
-    return array.__array_interface__ if found is None else found
-
-
 def address(array: Array) -> int:
     """Where an array's first element lies; 0 for None."""
     if array is None:
         return 0
-    found: int = array.data_ptr() if _is_tensor(array) else _interface(array)["data"][0]
+    found: int
+    if _is_tensor(array):
+        found = array.data_ptr()
+    elif isinstance(array, View):
+        found = array.address
+    else:
+        found = array.__array_interface__["data"][0]
     return found
 
 
@@ -42,15 +43,9 @@ def strides(array: Array) -> tuple[int, ...]:
     if _is_tensor(array):
         found: tuple[int, ...] = array.stride()
         return found
-    about = _interface(array)
-    if about.get("strides") is not None:
-        size = int(about["typestr"][2:])
-        return tuple(step // size for step in about["strides"])
-    steps, step = [], 1
-    for length in reversed(about["shape"]):
-        steps.append(step)
-        step *= length
-    return tuple(reversed(steps))
+    if isinstance(array, View):
+        return array.strides
+    return tuple(step // array.itemsize for step in array.strides)
 
 
 def kind(array: Array) -> str:
@@ -59,17 +54,11 @@ def kind(array: Array) -> str:
         return ""
     found = _names.get(array.dtype)
     if found is None:
-        found = _names[array.dtype] = _name(array)
+        found = _names[array.dtype] = str(array.dtype).removeprefix("torch.")
     return found
 
 
 _names: dict[Any, str] = {}
-
-
-def _name(array: Array) -> str:
-    if _is_tensor(array):
-        return str(array.dtype).removeprefix("torch.")
-    return _CODES[_interface(array)["typestr"][1:]]
 
 
 def place(array: Array, axes: int) -> tuple[int, ...]:
@@ -83,11 +72,9 @@ def place(array: Array, axes: int) -> tuple[int, ...]:
 
 
 def device_of(array: Array) -> int:
-    """The number of the device that holds an array."""
-    if _is_tensor(array):
-        index: int = array.device.index
-        return index
-    return 0
+    """The number of the GPU that holds an array."""
+    index: int = array.device.index if _is_tensor(array) else array.device
+    return index
 
 
 def stream_of(array: Array) -> int:
@@ -95,7 +82,8 @@ def stream_of(array: Array) -> int:
     if _is_tensor(array):
         handle: int = sys.modules["torch"]._C._cuda_getCurrentRawStream(array.device.index)
         return handle
-    return _interface(array).get("stream") or 0
+    stream: int = array.stream
+    return stream
 
 
 def empty(shape: tuple[int, ...], dtype: str, like: Array) -> Array:
@@ -103,5 +91,4 @@ def empty(shape: tuple[int, ...], dtype: str, like: Array) -> Array:
     if _is_tensor(like):
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    namespace = sys.modules[type(like).__module__.partition(".")[0]]
-    return namespace.empty(shape, dtype)
+    return like.make(shape, dtype) if isinstance(like, View) else np.empty(shape, dtype)

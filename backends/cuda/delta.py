@@ -5,7 +5,8 @@
     q, k [B,T,G,K]   v, y [B,T,H,V]   beta [B,T,H]   log_decay [B,T,H] or [B,T,H,K]   S [N,H,K,V]
 
 A configuration lays one head's state over threads: ``lanes`` share a column, each with ``rows`` of it; a group of lanes
-has ``columns`` columns, a block ``warps`` warps; ``tile`` tokens at a time come through shared memory.
+has ``columns`` columns, a block ``warps`` warps; ``tile`` tokens at a time come through shared memory. One with
+``groups`` is of the kernel for a single token (``delta_step``).
 """
 
 import functools
@@ -18,7 +19,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from . import SIMULATED, WARP
-from .arrays import SIZES, empty, kind, place
+from .arrays import SIZES, address, empty, kind, place, strides
 from .kernel import PROCESSORS, CudaKernel, blank_unused
 from .program import Constants, Program, constants
 
@@ -36,7 +37,11 @@ MOST_HELD, SEGMENTS, MOST_SHARED = 64, (8, 4) if SIMULATED else (32, 16, 8, 4), 
 # Bytes of shared memory that a block has without asking.
 STATIC_SHARED = 48 * 1024
 
+# Rows that a thread of the step loads at once, four columns of each: at most, and where there are few heads.
+MOST_ROWS, FEW_ROWS = 16, 8
+
 FORWARD, BACKWARD, GATHER = Program("delta_forward"), Program("delta_backward"), Program("delta_gather")
+STEP = Program("delta_step")
 
 
 def decay_axes(problem: Problem) -> int:
@@ -100,6 +105,9 @@ class DeltaRecurrent(CudaKernel):
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """Few lanes a column where there are sequences enough to fill a GPU, more of them where there are not."""
+        return (*step_layouts(problem), *self._sequences(problem))
+
+    def _sequences(self, problem: Problem) -> tuple[Config, ...]:
         lanes, columns = ((1, 2, 4, 8, 16, 32), (1, 2)) if not SIMULATED else ((2, 1, 4), (1,))
         found = [layout(problem, some, few, 4 if not SIMULATED else 1) for some in lanes for few in columns]
         fits = [c for c in found if c]
@@ -125,6 +133,23 @@ class DeltaRecurrent(CudaKernel):
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill the gradients: the forward again, which leaves states and errors, then its adjoint, token by token."""
         run_backward(problem, backward_layout(problem), x, dout, dx)
+
+
+def step_layouts(problem: Problem) -> list[dict[str, int]]:
+    """Configurations of the kernel for a single token, the likeliest first; none where there are more, or packs."""
+    _, _, key_dim, value_dim = problem.widths
+    if not problem.single or problem.packed or problem.flags.checkpoint_every:
+        return []
+    most = WIDEST if SIMULATED else MOST_ROWS // (2 if problem.dtype == "float64" else 1)
+    found = []
+    for groups in (4, 8, 16, 32) if not SIMULATED else (2,):
+        rows = 4 * -(-key_dim // (4 * groups))
+        if rows <= most:
+            warps = min(4, -(-value_dim // (4 * WARP // groups)))
+            found.append({"groups": groups, "rows": rows, "warps": warps})
+    if problem.parallel > PROCESSORS:
+        return found
+    return sorted(found, key=lambda config: abs(config["rows"] - FEW_ROWS))
 
 
 def cost(problem: Problem, config: Config) -> float:
@@ -186,6 +211,9 @@ def run_forward(
     """Queue the forward: from the states ``origin`` to ``final``, filling what else is given."""
     s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
+    if "groups" in config:
+        run_step(problem, config, x, origin, final, y, pool)
+        return
     chosen = forward_constants(
         tuple(config.items()),
         real,
@@ -215,6 +243,69 @@ def run_forward(
     reals = (read_scale(problem.option, s.K),)
     threads = config["warps"] * WARP
     FORWARD(x["q"], chosen, blocks, threads, numbers, reals, registers=config.get("registers", 0))
+
+
+def in_vectors(state: Array, real: str) -> bool:
+    """Whether four neighbouring columns are one aligned vector, and 32 bits tell the rows of a head apart."""
+    steps = strides(state)
+    near = steps[3] == 1 and steps[2] * state.shape[2] < 1 << 31 and state.shape[3] % 4 == 0
+    return kind(state) == real and near and not any(n % 4 for n in steps[:3]) and address(state) % 16 == 0
+
+
+@functools.lru_cache(maxsize=4096)
+def step_constants(
+    config: tuple[tuple[str, int], ...],
+    full: bool,
+    vectors: bool,
+    real: str,
+    kind: str,
+    decay: int,
+    beta: str,
+    log_decay: str,
+    first: str,
+    source: str,
+    target: str,
+    slots: str,
+    out_slots: str,
+    fresh: str,
+) -> Constants:
+    """The constants of a step, from the dtypes of its arrays."""
+    return constants(
+        layout_of(dict(config))
+        | {"full": full, "vectors": vectors, "real": real, "kind": kind, "beta": beta, "decay": decay}
+        | {"decay_kind": log_decay or real, "first": first, "source": source, "target": target or real}
+        | {"slots": slots or "int32", "out_slots": out_slots or "int32", "fresh": fresh or "bool"}
+    )
+
+
+def run_step(
+    problem: Problem, config: Config, x: Arrays, origin: Array, final: Array | None, y: Array | None, pool: Pool | None
+) -> None:
+    """Queue one token of every sequence."""
+    s, first = problem.sizes, x["initial.state"]
+    slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
+    beta, decay, real = x.get("beta"), x.get("log_decay"), problem.compute_dtype
+    vectors = in_vectors(origin, real) and (final is None or in_vectors(final, real))
+    chosen = step_constants(
+        tuple(config.items()), config["groups"] * config["rows"] == s.K, vectors, real, problem.dtype,
+        decay_axes(problem), kind(beta), kind(decay), kind(first), kind(origin), kind(final), kind(slots),
+        kind(out_slots), kind(fresh),
+    )  # fmt: skip
+    numbers = (
+        *_token(x["q"], 4), *_token(x["k"], 4), *_token(x["v"], 4), *_token(beta, 3), *_token(decay, 4),
+        *place(first, 4), *place(origin, 4), *place(final, 4), *place(y, 0), *place(slots, 1),
+        *place(out_slots, 1), *place(fresh, 1), s.K, s.V, s.H, s.H // s.G, norm(problem),
+    )  # fmt: skip
+    columns = config["warps"] * 4 * WARP // config["groups"]
+    blocks = s.N, s.H * -(-s.V // columns)
+    threads, reals = config["warps"] * WARP, (read_scale(problem.option, s.K),)
+    STEP(y, chosen, blocks, threads, numbers, reals, registers=config.get("registers", 0))
+
+
+def _token(array: Array, axes: int) -> tuple[int, ...]:
+    """As ``place``, without the step from token to token."""
+    base, batch, _, *rest = place(array, axes)
+    return base, batch, *rest
 
 
 def backward_layout(problem: Problem) -> dict[str, int]:

@@ -20,6 +20,7 @@ import math
 import numpy as np
 
 from .device import WARP, cell, fetch, held, load, other_lane, quad, store, sum_lanes, widen
+from .place import marks_before, span
 from .source import cuda
 from .unroll import each, unrolled
 
@@ -54,7 +55,7 @@ def build(
     read_beta, read_decay = load(beta or real), load(decay_kind)
     read_dfinal, read_dmark = load(dfinal), load(dmarks)
     write_dq, write_dk, write_dg = store(dq_kind), store(dk_kind), store(dg_kind)
-    write_dbeta, write_dinitial, read_offset = store(dbeta_kind), store(dinitial), load("int64")
+    write_dbeta, write_dinitial = store(dbeta_kind), store(dinitial)
     # Where things lie in shared memory.
     KEYS, FADES = SPACING * KP, 2 * SPACING * KP
     WRITES = FADES + (SPACING * KP if decay == 2 else 0)
@@ -83,10 +84,7 @@ def build(
         head = (item // blocks) % heads
         n = item // (blocks * heads)
         begin = part * BLOCK
-        batch, start, length = n, np.int64(0), tokens
-        if offsets != 0:
-            batch, start = np.int64(0), read_offset(offsets, n)
-            length = read_offset(offsets, n + 1) - start
+        batch, start, length = span(offsets, n, tokens)
         q_at = batch * q_b + start * q_t + head // group * q_h
         k_at = batch * k_b + start * k_t + head // group * k_h
         v_at = batch * v_b + start * v_t + head * v_h + begin * v_d
@@ -98,9 +96,7 @@ def build(
         keep = row_at // SPACING + n
         mark_row, mark_at = n, np.int64(0)
         if dmarks != 0 and offsets != 0:
-            mark_row = np.int64(0)
-            for before in range(n):
-                mark_at += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+            mark_row, mark_at = np.int64(0), marks_before(offsets, n, tokens, every)
         gain = number(scale)
 
         s = cuda.local.array(CELLS, number)

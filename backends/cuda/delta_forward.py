@@ -18,6 +18,7 @@ import math
 import numpy as np
 
 from .device import WARP, cell, fetch, held, load, quad, store, sum_lanes, widen
+from .place import marks_before, span
 from .source import cuda
 
 BUFFERS = 3
@@ -55,7 +56,6 @@ def build(
     read_first, read_source = load(first), load(source)
     write_target, write_mark = store(target), store(marks)
     read_slot, read_out_slot, read_fresh = load(slots), load(out_slots), load(fresh)
-    read_offset = load("int64")
 
     def kernel(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h,
@@ -83,10 +83,7 @@ def build(
             key_head = head // group
         begin = part * BLOCK
 
-        batch, start, length = n, np.int64(0), tokens
-        if offsets != 0:
-            batch, start = np.int64(0), read_offset(offsets, n)
-            length = read_offset(offsets, n + 1) - start
+        batch, start, length = span(offsets, n, tokens)
 
         # Where the state is. Nothing below is loaded under a condition of its own: loads do not wait, branches would.
         source, target = n, n
@@ -124,10 +121,7 @@ def build(
         y_at = (row_at * heads + head) * V + begin
         mark = np.int64(0)
         if checkpoints != 0:
-            mark = n * (tokens // every) if offsets == 0 else np.int64(0)
-            if offsets != 0:
-                for before in range(n):
-                    mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+            mark = marks_before(offsets, n, tokens, every)
         until_mark, until_keep = every, np.int64(0)
         keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
         gain = number(scale)

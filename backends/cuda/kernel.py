@@ -4,6 +4,8 @@ Kernels take arrays as the caller gave them: any strides, gates and states in an
 the backward, which computes the states again: memory is what a GPU is short of.
 """
 
+import ctypes
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -11,13 +13,14 @@ from mixers.backend import Kernel, Place, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from . import SIMULATED, backend, driver
+from . import SIMULATED, driver
 from .arrays import SIZES, address, kind, stream_of
 
 # Multiprocessors that heuristics reckon with: those of an H100 or H200.
 PROCESSORS = 132
 
-_SIMULATOR = Place(("numpy", "torch"), ("cpu",))
+# Where a caller who names this backend may have arrays: JAX's are served outside of jit, so ``auto`` leaves them alone.
+_GPU, _SIMULATOR = Place(("torch", "jax", "cuda"), ("cuda",)), Place(("numpy", "torch", "jax"), ("cpu",))
 
 
 class CudaKernel(Kernel):
@@ -27,7 +30,7 @@ class CudaKernel(Kernel):
 
     def supports(self, problem: Problem) -> Support:
         """Whether the arrays are where it runs, and its widths fit."""
-        place = (_SIMULATOR if SIMULATED else backend.place).holds(problem)
+        place = (_SIMULATOR if SIMULATED else _GPU).holds(problem)
         if not place:
             return place
         _, _, key_dim, value_dim = problem.widths
@@ -54,13 +57,10 @@ def blank_unused(problem: Problem, out: Arrays) -> None:
 
 def clear(array: Array) -> None:
     """Queue zeros for a contiguous array."""
+    size = SIZES[kind(array)] * math.prod(array.shape)
     if SIMULATED:
-        array[...] = 0
-        return
-    size = SIZES[kind(array)]
-    for length in array.shape:
-        size *= length
-    if size:
+        ctypes.memset(address(array), 0, size)
+    elif size:
         driver.clear(address(array), size, stream_of(array))
 
 

@@ -28,8 +28,9 @@ BACKWARD = Program("lattice_backward")
 MOST_CELLS = {2: 64, 4: 64, 8: 64, 16: 32} if WARP == 32 else {1: 1 << 20}
 LANES = (8, 4, 16, 2) if WARP == 32 else (2,)
 
-# Cells that a thread of the backward holds, which has every slot twice: the first that there is a layout for.
-FEW_CELLS = (16, 32)
+# Cells that a thread of the backward holds, which has every slot twice: the first that there is a layout for, of so few
+# warps that a thread may have all the registers that there are for one.
+FEW_CELLS, FEW_WARPS = (16, 32, 64), 8
 
 # Registers of a multiprocessor, and the blocks that are to share them where there are many heads, none too large.
 REGISTERS, CROWD, MOST_OF_A_CROWD = 65536, 4, 4096
@@ -38,7 +39,7 @@ REGISTERS, CROWD, MOST_OF_A_CROWD = 65536, 4, 4096
 SHARED = 48 * 1024
 
 # Tokens whose slots a backward computes again at a time, whether these wait in shared memory, and how much there is.
-SEGMENTS = ((12, True), (8, True), (16, False), (8, False), (4, False))
+SEGMENTS = ((12, True), (8, True), (8, False), (4, False))
 MOST_SHARED = 224 * 1024
 
 
@@ -211,7 +212,8 @@ def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
     """How the backward lays out a head, which it holds twice, the tokens of a segment, and whether they wait near."""
     double = problem.compute_dtype == "float64"
     found = layouts(problem)
-    fits = [[c for c in found if c["rows"] * c["columns"] <= most // (2 if double else 1)] for most in FEW_CELLS]
+    some = [(c["rows"] * c["columns"] * (2 if double else 1), c) for c in found if c["warps"] <= FEW_WARPS]
+    fits = [[c for cells, c in some if cells <= most] for most in FEW_CELLS]
     config = next((min(few, key=lambda c: abs(c["lanes"] - 8)) for few in fits if few), found[0])
     shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
     per_slot = problem.layout("beta") == "B T H K"

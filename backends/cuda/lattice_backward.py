@@ -20,6 +20,7 @@ import numpy as np
 from .device import WARP, load, store, sum_lanes
 from .folds import fold, get, put, put_four, read_four, shared_place, shares, write_four
 from .lattice_slots import DECODING, ENCODING, direction
+from .place import marks_before, seat, span
 from .source import cuda
 
 
@@ -38,7 +39,7 @@ def build(
     R, C, L, W, M, S = rows, columns, lanes, warps, WARP // lanes, segment
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
-    OWN, CHOSEN = shares(C, 0, BITS)
+    OWN, seated = shares(C, 0, BITS)[0], seat(rows, columns, lanes)
     QUADS, WIDE = R // 4, C // 4
     DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
     READ_NORM = read_norm
@@ -60,7 +61,7 @@ def build(
     take, take_four, leave, leave_four = get(real, 1), get(real, 4), put(real), put_four(real)
     read, read_beta, read_decay, read_first = load(kind), load(beta), load(decay), load(first)
     read_dy, read_final, read_mark, read_real = load(dy), load(dfinal), load(dmarks), load(real)
-    read_offset, read_kept, write_kept = load("int64"), read_four(real), write_four(real)
+    read_kept, write_kept = read_four(real), write_four(real)
     write_q, write_k, write_v, write_beta = store(dq), store(dk), store(kind), store(dbeta)
     write_g, write_initial = store(dg), store(dinitial)
 
@@ -73,22 +74,12 @@ def build(
     ):  # fmt: skip
         held = shared_place(cuda.shared.array(0, element))
         thread = np.int32(cuda.threadIdx.x)
-        warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
-        row0 = warp * np.int32(R * M) + m * np.int32(R)
-        column0 = np.int32(4) * band
-        mine = np.int32(0)
-        for bit, offset in CHOSEN:
-            mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
-        mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
+        warp, lane, m, band, row0, column0, mine = seated(thread)
 
         item = np.int64(cuda.blockIdx.x)
         n = np.int64(np.int32(item) // np.int32(heads))
         head = item - n * heads
-        batch, start, length = n, np.int64(0), tokens
-        if offsets != 0:
-            batch, start = np.int64(0), read_offset(offsets, n)
-            length = read_offset(offsets, n + 1) - start
+        batch, start, length = span(offsets, n, tokens)
         q_at = batch * q_b + start * q_t + head // group * q_h
         k_at = batch * k_b + start * k_t + head // group * k_h
         beta_at = batch * beta_b + start * beta_t + head * beta_h
@@ -102,8 +93,7 @@ def build(
         if dmarks != 0:
             mark = length // every
             if offsets != 0:
-                for before in range(n):
-                    mark_row += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+                mark_row = marks_before(offsets, n, tokens, every)
 
         s = cuda.local.array(CELLS, number)
         carry = cuda.local.array(CELLS, number)

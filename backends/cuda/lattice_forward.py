@@ -32,6 +32,7 @@ import numpy as np
 from .device import WARP, load, store, sum_lanes
 from .folds import any_lane, fold, get, later, put, rsqrt, shared_place, shares, write_four
 from .lattice_slots import DECODING, ENCODING, direction
+from .place import marks_before, seat, span
 from .source import cuda
 
 # ‖s̃‖² is measured where the terms of its formula are so many times larger than it.
@@ -51,7 +52,7 @@ def build(
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
-    OWN, CHOSEN = shares(C, 0, BITS)
+    OWN, seated = shares(C, 0, BITS)[0], seat(rows, columns, lanes)
     WIDE, ROW = C // 4, math.gcd(R, 4)
     DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
     READS, KEEPS, MARKS, READ_NORM = reads, keeps, marked, read_norm
@@ -76,7 +77,7 @@ def build(
     read_first, read_source = load(first), load(source)
     no_bits, no_beta, no_decay = bits(0), beta_bits(0), decay_bits(0)
     write_target, write_mark, write_real = store(target), store(marks), store(real)
-    read_slot, read_out_slot, read_fresh, read_offset = load(slots), load(out_slots), load(fresh), load("int64")
+    read_slot, read_out_slot, read_fresh = load(slots), load(out_slots), load(fresh)
 
     def kernel(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h, beta_d,
@@ -87,23 +88,13 @@ def build(
     ):  # fmt: skip
         held = shared_place(cuda.shared.array(ALL, number))
         thread = np.int32(cuda.threadIdx.x)
-        warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
-        row0 = warp * np.int32(R * M) + m * np.int32(R)
-        column0 = np.int32(4) * band
-        mine = np.int32(0)
-        for bit, offset in CHOSEN:
-            mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
-        mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
+        warp, _, m, band, row0, column0, mine = seated(thread)
 
         item = np.int32(cuda.blockIdx.x)
         n = np.int64(item // np.int32(heads))
         head = np.int64(item) - n * heads
         key_head = np.int64(np.int32(head) // np.int32(group))
-        batch, start, length = n, np.int64(0), tokens
-        if offsets != 0:
-            batch, start = np.int64(0), read_offset(offsets, n)
-            length = read_offset(offsets, n + 1) - start
+        batch, start, length = span(offsets, n, tokens)
 
         # Where slots come from, and where they go.
         came, goes = n, n
@@ -124,11 +115,7 @@ def build(
         y_at = (row_at * heads + head) * V
         mark = np.int64(0)
         if MARKS:
-            mark = n * (tokens // every)
-            if offsets != 0:
-                mark = np.int64(0)
-                for before in range(n):
-                    mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+            mark = marks_before(offsets, n, tokens, every)
         until_mark, until_keep = every, np.int64(0)
         keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
         gain = number(scale)

@@ -27,6 +27,7 @@ from typing import Any
 
 import platformdirs
 
+from mixers.arrays.gpu import enter
 from mixers.spec import Array
 
 from . import SIMULATED, driver
@@ -98,7 +99,7 @@ class Program:
             self._simulate(constants, grid, threads, (*numbers, *reals), shared)
             return
         device = device_of(like)
-        driver.enter(device)
+        enter(device)
         function = self.function(constants, device, threads, shared, registers)
         arguments = struct.pack(f"{len(numbers)}q{len(reals)}d", *numbers, *reals)
         function.launch(grid, threads, shared, stream_of(like), arguments)

@@ -1,4 +1,4 @@
-"""TTT-linear token by token: sequences, packs and single tokens; see ``ttt_forward``.
+"""TTT-linear token by token: sequences, packs, single tokens, and states in a pool; see ``ttt_forward``.
 
     q, k [B,T,G,K]   v, y [B,T,H,K]   beta [B,T,H]   norm_weight, norm_bias [H,K]   token_scale [chunk_size]
 
@@ -7,7 +7,7 @@ A configuration is one of ``lattice``: ``warps`` share a head's rows out, a lane
 
 from typing import Any
 
-from mixers.backend import Config, Support
+from mixers.backend import Config, Pool, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
@@ -17,9 +17,11 @@ from .device import WARP
 from .kernel import CudaKernel, blank_unused, clear
 from .lattice import layouts
 from .program import Program, constants
+from .ttt_phase import THREADS
 
 FORWARD = Program("ttt_forward")
 BACKWARD = Program("ttt_backward")
+PHASE = Program("ttt_phase")
 
 FIELDS = ("weight", "bias", "weight_sum", "bias_sum", "phase")
 
@@ -33,6 +35,7 @@ class TTTRecurrent(CudaKernel):
     name = "ttt.recurrent"
     form = "recurrent"
     mixers = frozenset({"ttt_linear"})
+    in_place = True
 
     def takes(self, problem: Problem) -> Support:
         """Heads that fit in the registers of a block."""
@@ -58,6 +61,18 @@ class TTTRecurrent(CudaKernel):
         blank_unused(problem, out)
         run_forward(problem, config, x, out)
 
+    def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y``, and the pool in place: its phases last, which the blocks of every head read."""
+        phases = empty((problem.sizes.N,), "int32", x["q"])
+        weights = {f"final.{f}": a for f, a in zip(FIELDS[:4], pool.arrays[:4], strict=True)}
+        run_forward(problem, config, x, {"y": y, **weights, "final.phase": phases}, pool=pool)
+        chosen = constants({"slots": kind(pool.slots), "out_slots": kind(pool.out_slots)})
+        numbers = (
+            *place(phases, 0), *place(pool.arrays[4], 1), *place(pool.slots, 1), *place(pool.out_slots, 1),
+            problem.sizes.N,
+        )  # fmt: skip
+        PHASE(x["q"], chosen, -(-problem.sizes.N // THREADS), THREADS, numbers)
+
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill the gradients: the forward again, which leaves weights and sums, then its adjoint, token by token."""
         run_backward(problem, x, dout, dx)
@@ -82,8 +97,7 @@ def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
         "weight": kind(x.get("norm_weight")) or real,
         "shift": kind(x.get("norm_bias")) or real,
         "rate": kind(x.get("token_scale")) or real,
-        "first": kind(x["initial.weight"]),
-        "counter": kind(x["initial.phase"]),
+        "first": _kind_of({f: x[f"initial.{f}"] for f in FIELDS[:4]}),
     }
 
 
@@ -92,8 +106,7 @@ def inputs_of(x: Arrays) -> tuple[int, ...]:
     return (
         *place(x["q"], 4), *place(x["k"], 4), *place(x["v"], 4), *place(x["beta"], 3),
         *place(x.get("norm_weight"), 2), *place(x.get("norm_bias"), 2), *place(x.get("token_scale"), 1),
-        *place(x["initial.weight"], 4), *place(x["initial.bias"], 3), *place(x["initial.weight_sum"], 4),
-        *place(x["initial.bias_sum"], 3), *place(x["initial.phase"], 1),
+        *(n for f in FIELDS for n in place(x[f"initial.{f}"], _axes(f))),
     )  # fmt: skip
 
 
@@ -104,24 +117,34 @@ def run_forward(
     out: Arrays,
     kept: Array | None = None,
     measured: Array | None = None,
+    pool: Pool | None = None,
 ) -> None:
     """Queue the forward, which fills what is in ``out``, or leaves for a backward what that asks for."""
     s, real = problem.sizes, problem.compute_dtype
+    origin = pool.arrays if pool else tuple(x[f"initial.{f}"] for f in FIELDS)
+    source = dict(zip(FIELDS, origin, strict=True))
+    target = {f: out.get(f"final.{f}") for f in FIELDS}
+    slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
     chosen = constants(
         shape_of(problem, config, x)
         | {
             "tile": 4,
-            "final": kind(out.get("final.weight")) or real,
+            "source": _kind_of({f: source[f] for f in FIELDS[:4]}),
+            "target": _kind_of({f: target[f] for f in FIELDS[:4]}) or real,
             "marks": kind(out.get("checkpoint.weight")) or real,
+            "slots": kind(slots) or "int32",
+            "out_slots": kind(out_slots) or "int32",
+            "fresh": kind(fresh) or "bool",
             "keeps": kept is not None,
             "reads": "y" in out,
         }
     )
     numbers = (
-        *inputs_of(x), *(n for f in FIELDS for n in place(out.get(f"final.{f}"), 0)),
-        *(n for f in FIELDS for n in place(out.get(f"checkpoint.{f}"), 0)), *place(out.get("y"), 0),
-        *place(x["offsets"], 0), *place(kept, 0), *place(measured, 0), s.K, s.T, problem.flags.checkpoint_every, s.H,
-        s.H // s.G, problem.option["chunk_size"],
+        *inputs_of(x), *(n for f in FIELDS for n in place(source[f], _axes(f))),
+        *(n for f in FIELDS for n in place(target[f], 0 if f == "phase" else _axes(f))),
+        *(n for f in FIELDS for n in place(out.get(f"checkpoint.{f}"), 0)), *place(slots, 1), *place(out_slots, 1),
+        *place(fresh, 1), *place(out.get("y"), 0), *place(x["offsets"], 0), *place(kept, 0), *place(measured, 0), s.K,
+        s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, problem.option["chunk_size"],
     )  # fmt: skip
     FORWARD(x["q"], chosen, s.N * s.H, config["warps"] * WARP, numbers)
 
@@ -175,12 +198,20 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
 
 def _axes(field: str) -> int:
     """How many axes a field of the state has."""
-    return 4 if field.startswith("weight") else 3
+    return {"weight": 4, "weight_sum": 4, "bias": 3, "bias_sum": 3, "phase": 1}[field]
 
 
 def _kind_of(arrays: dict[str, Array | None]) -> str:
-    """The dtype of those that are there."""
-    return next((kind(a) for a in arrays.values() if a is not None), "")
+    """The dtype of those that are there.
+
+    Raises:
+        TypeError: they differ.
+    """
+    found = {kind(a): f for f, a in arrays.items() if a is not None}
+    if len(found) > 1:
+        told = ", ".join(f"{f} {dtype}" for dtype, f in found.items())
+        raise TypeError(f"ttt_linear: the arrays of a state are of several dtypes ({told}); give them one")
+    return next(iter(found), "")
 
 
 def add_up(parts: Array, target: Array, count: int, rows: int, width: int) -> None:

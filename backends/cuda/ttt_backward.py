@@ -22,27 +22,28 @@ import numpy as np
 
 from .device import WARP, load, store, sum_lanes
 from .folds import fold, read_four, shares, unfold
+from .place import marks_before, seat, span
 from .source import cuda
 
 
 def build(
-    *, rows, columns, lanes, warps, real, kind, beta, weight, shift, rate, first, counter, dy, dfinal, dmarks, dinitial,
+    *, rows, columns, lanes, warps, real, kind, beta, weight, shift, rate, first, dy, dfinal, dmarks, dinitial,
     dq, dk, dbeta,
 ):  # fmt: skip
     """The kernel; all but the layout are dtypes of arrays."""
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     VP, THREADS, CELLS = C * L, W * WARP, R * C
-    OWN, CHOSEN = shares(C, 0, BITS)
+    OWN, seated = shares(C, 0, BITS)[0], seat(rows, columns, lanes)
     ALL_PARTS, ALL_COLUMNS = W * VP, max(VP, R * M * W)
     number = np.dtype(real).type
     zero, one = number(0), number(1)
     along, all_lanes = sum_lanes(BITS, ALL_BITS), sum_lanes(0, ALL_BITS)
     across, back = fold(C, 0, BITS), unfold(C, 0, BITS)
-    read, read_beta, read_first, read_count = load(kind), load(beta), load(first), load(counter)
+    read, read_beta, read_first, read_count = load(kind), load(beta), load(first), load("int32")
     read_weight, read_shift, read_rate, read_real = load(weight), load(shift), load(rate), load(real)
     read_dy, read_final, read_mark = load(dy), load(dfinal), load(dmarks)
-    read_offset, read_kept = load("int64"), read_four(real)
+    read_kept = read_four(real)
     write_q, write_k, write_v, write_beta = store(dq), store(dk), store(kind), store(dbeta)
     write_initial, write_real = store(dinitial), store(real)
 
@@ -61,22 +62,13 @@ def build(
         by_column = cuda.shared.array(ALL_COLUMNS, number)
         totals = cuda.shared.array(W, number)
         thread = np.int32(cuda.threadIdx.x)
-        warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
-        row0, column0 = warp * np.int32(R * M) + m * np.int32(R), np.int32(4) * band
-        mine = np.int32(0)
-        for bit, offset in CHOSEN:
-            mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
-        mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
+        warp, lane, m, band, row0, column0, mine = seated(thread)
         alone = warp == 0 and m == 0
 
         item = np.int64(cuda.blockIdx.x)
         n = np.int64(np.int32(item) // np.int32(heads))
         head = item - n * heads
-        batch, start, length = n, np.int64(0), tokens
-        if offsets != 0:
-            batch, start = np.int64(0), read_offset(offsets, n)
-            length = read_offset(offsets, n + 1) - start
+        batch, start, length = span(offsets, n, tokens)
         q_at = batch * q_b + start * q_t + head // group * q_h
         k_at = batch * k_b + start * k_t + head // group * k_h
         v_at = batch * v_b + start * v_t + head * v_h
@@ -89,8 +81,7 @@ def build(
         if marked:
             mark = length // every
             if offsets != 0:
-                for before in range(n):
-                    mark_row += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+                mark_row = marks_before(offsets, n, tokens, every)
 
         w = cuda.local.array(CELLS, number)
         p = cuda.local.array(CELLS, number)

@@ -9,6 +9,8 @@ A block has one head: W and P lie in registers as the slots of Lattice do (``lat
 is summed over rows (kW, qW and qP, all before the token's own write, which adds ⟨q,k⟩ beta G) meets in shared memory;
 sums over columns are sums over lanes.
 
+A phase belongs to all heads of a sequence, whose blocks read it at any time: it is written beside, never in a pool.
+
 For a backward it leaves W and c where every mini-batch begins, and x, x̄, beta G and qP + p of every token.
 """
 
@@ -18,20 +20,21 @@ import numpy as np
 
 from .device import WARP, load, store, sum_lanes
 from .folds import fold, shares, unfold, write_four
+from .place import marks_before, seat, span
 from .source import cuda
 
 EPS = 1e-6
 
 
 def build(
-    *, rows, columns, lanes, warps, tile, real, kind, beta, weight, shift, rate, first, final, marks, counter, keeps,
-    reads,
+    *, rows, columns, lanes, warps, tile, real, kind, beta, weight, shift, rate, first, source, target, marks, slots,
+    out_slots, fresh, keeps, reads,
 ):  # fmt: skip
     """The kernel; all but the layout, ``keeps`` and ``reads`` are dtypes of arrays."""
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS, DEEP = R * M * W, C * L, W * WARP, R * C, -(-R * M * W // WARP)
-    OWN, CHOSEN = shares(C, 0, BITS)
+    OWN, seated = shares(C, 0, BITS)[0], seat(rows, columns, lanes)
     SOME, SOME_V = -(-tile * KP // THREADS), -(-tile * VP // THREADS)
     ALL_ROWS, ALL_COLUMNS, ALL_PARTS = tile * KP, tile * VP, 3 * W * VP
     KEEPS, READS = keeps, reads
@@ -39,16 +42,22 @@ def build(
     zero, one, eps = number(0), number(1), number(EPS)
     along, all_lanes = sum_lanes(BITS, ALL_BITS), sum_lanes(0, ALL_BITS)
     across, back = fold(C, 0, BITS), unfold(C, 0, BITS)
-    read, write, read_beta, read_first = load(kind), store(kind), load(beta), load(first)
-    read_weight, read_shift, read_rate, read_count = load(weight), load(shift), load(rate), load(counter)
-    write_final, write_mark, write_count, write_real = store(final), store(marks), store("int32"), store(real)
-    read_offset, write_kept = load("int64"), write_four(real)
+    read, write, read_beta, read_first, read_source = load(kind), store(kind), load(beta), load(first), load(source)
+    read_weight, read_shift, read_rate, read_count = load(weight), load(shift), load(rate), load("int32")
+    write_target, write_mark, write_count, write_real = store(target), store(marks), store("int32"), store(real)
+    read_slot, read_out_slot, read_fresh = load(slots), load(out_slots), load(fresh)
+    write_kept = write_four(real)
 
     def kernel(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h,
         weight, weight_h, weight_d, shift, shift_h, shift_d, rate, rate_d,
         first_w, w_n, w_h, w_k, w_v, first_c, c_n, c_h, c_v, first_p, p_n, p_h, p_k, p_v, first_s, s_n, s_h, s_v,
-        phases, phases_n, final_w, final_c, final_p, final_s, final_phase, mark_w, mark_c, mark_p, mark_s, mark_phase,
+        first_phase, phase_n,
+        from_w, from_w_n, from_w_h, from_w_k, from_w_v, from_c, from_c_n, from_c_h, from_c_v,
+        from_p, from_p_n, from_p_h, from_p_k, from_p_v, from_s, from_s_n, from_s_h, from_s_v, from_phase, from_phase_n,
+        to_w, to_w_n, to_w_h, to_w_k, to_w_v, to_c, to_c_n, to_c_h, to_c_v,
+        to_p, to_p_n, to_p_h, to_p_k, to_p_v, to_s, to_s_n, to_s_h, to_s_v, to_phase,
+        mark_w, mark_c, mark_p, mark_s, mark_phase, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n,
         y, offsets, kept, measured, K, tokens, every, heads, group, batch_size,
     ):  # fmt: skip
         keys = cuda.shared.array(ALL_ROWS, number)
@@ -56,21 +65,12 @@ def build(
         values = cuda.shared.array(ALL_COLUMNS, number)
         parts = cuda.shared.array(ALL_PARTS, number)
         thread = np.int32(cuda.threadIdx.x)
-        warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
-        m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
-        row0, column0 = warp * np.int32(R * M) + m * np.int32(R), np.int32(4) * band
-        mine = np.int32(0)
-        for bit, offset in CHOSEN:
-            mine += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
-        mine = (mine >> np.int32(2)) * np.int32(4 * L) + column0 + (mine & np.int32(3))
+        warp, lane, m, band, row0, column0, mine = seated(thread)
 
         item = np.int64(cuda.blockIdx.x)
         n = np.int64(np.int32(item) // np.int32(heads))
         head = item - n * heads
-        batch, start, length = n, np.int64(0), tokens
-        if offsets != 0:
-            batch, start = np.int64(0), read_offset(offsets, n)
-            length = read_offset(offsets, n + 1) - start
+        batch, start, length = span(offsets, n, tokens)
         q_at = batch * q_b + start * q_t + head // group * q_h
         k_at = batch * k_b + start * k_t + head // group * k_h
         v_at = batch * v_b + start * v_t + head * v_h
@@ -79,11 +79,16 @@ def build(
         keep = (row_at // batch_size + 2 * n) * heads + head
         mark = np.int64(0)
         if mark_w != 0:
-            mark = n * (tokens // every)
-            if offsets != 0:
-                mark = np.int64(0)
-                for before in range(n):
-                    mark += (read_offset(offsets, before + 1) - read_offset(offsets, before)) // every
+            mark = marks_before(offsets, n, tokens, every)
+
+        # Where weights come from, and where they go.
+        came, goes = n, n
+        if slots != 0:
+            came, goes = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
+        real_slot = came >= 0
+        begins = False
+        if fresh != 0:
+            begins = read_fresh(fresh, n * fresh_n) != 0
 
         w = cuda.local.array(CELLS, number)
         p = cuda.local.array(CELLS, number)
@@ -92,23 +97,43 @@ def build(
         gain = cuda.local.array(C, number)
         bias = cuda.local.array(C, number)
         inside = cuda.local.array(C, number)
-        for i in range(R):
-            for j in range(C):
-                row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
-                w[i * C + j], p[i * C + j] = zero, zero
-                if row < K and column < K:
-                    w[i * C + j] = number(read_first(first_w, n * w_n + head * w_h + row * w_k + column * w_v))
-                    p[i * C + j] = number(read_first(first_p, n * p_n + head * p_h + row * p_k + column * p_v))
+        phase = np.int64(0)
+        for e in range(CELLS):
+            w[e], p[e] = zero, zero
         for j in range(C):
             column = j // 4 * 4 * L + column0 + j % 4
             c[j], s[j], gain[j], bias[j], inside[j] = zero, zero, zero, zero, zero
             if column < K:
                 inside[j] = one
-                c[j] = number(read_first(first_c, n * c_n + head * c_h + column * c_v))
-                s[j] = number(read_first(first_s, n * s_n + head * s_h + column * s_v))
                 gain[j] = number(read_weight(weight, head * weight_h + column * weight_d)) if weight != 0 else one
                 bias[j] = number(read_shift(shift, head * shift_h + column * shift_d)) if shift != 0 else zero
-        phase = read_count(phases, n * phases_n)
+        if begins:
+            phase = read_count(first_phase, n * phase_n)
+            for j in range(C):
+                column = j // 4 * 4 * L + column0 + j % 4
+                if column < K:
+                    c[j] = number(read_first(first_c, n * c_n + head * c_h + column * c_v))
+                    s[j] = number(read_first(first_s, n * s_n + head * s_h + column * s_v))
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < K:
+                        w[i * C + j] = number(read_first(first_w, n * w_n + head * w_h + row * w_k + column * w_v))
+                        p[i * C + j] = number(read_first(first_p, n * p_n + head * p_h + row * p_k + column * p_v))
+        elif real_slot:
+            phase = read_count(from_phase, came * from_phase_n)
+            at_w, at_p = came * from_w_n + head * from_w_h, came * from_p_n + head * from_p_h
+            for j in range(C):
+                column = j // 4 * 4 * L + column0 + j % 4
+                if column < K:
+                    c[j] = number(read_source(from_c, came * from_c_n + head * from_c_h + column * from_c_v))
+                    s[j] = number(read_source(from_s, came * from_s_n + head * from_s_h + column * from_s_v))
+            for i in range(R):
+                for j in range(C):
+                    row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
+                    if row < K and column < K:
+                        w[i * C + j] = number(read_source(from_w, at_w + row * from_w_k + column * from_w_v))
+                        p[i * C + j] = number(read_source(from_p, at_p + row * from_p_k + column * from_p_v))
         last = number(read_rate(rate, (batch_size - 1) * rate_d)) if rate != 0 else one / number(batch_size)
         over = one / number(K)
 
@@ -228,7 +253,7 @@ def build(
                 seen[j] /= std_read
                 if READS and m == 0 and warp == 0 and column < K:
                     value = queries[u * np.int32(KP) + column] + gain[j] * seen[j] + bias[j]
-                    write(y, ((row_at + t) * heads + head) * K + column, value)
+                    write(y, ((row_at + t) * heads + head) * K + column, value if real_slot else zero)
             if KEEPS and m == 0 and warp == 0:
                 at = ((row_at + t) * heads + head) * (4 * K + 2)
                 for j in range(C):
@@ -269,21 +294,21 @@ def build(
                     write_count(mark_phase, mark, phase)
                 mark += 1
 
-        if final_w != 0:
-            to = n * heads + head
+        if to_w != 0 and real_slot and goes >= 0:
+            at_w, at_p = goes * to_w_n + head * to_w_h, goes * to_p_n + head * to_p_h
             for i in range(R):
                 for j in range(C):
                     row, column = row0 + i, j // 4 * 4 * L + column0 + j % 4
                     if row < K and column < K:
-                        write_final(final_w, (to * K + row) * K + column, w[i * C + j])
-                        write_final(final_p, (to * K + row) * K + column, p[i * C + j])
+                        write_target(to_w, at_w + row * to_w_k + column * to_w_v, w[i * C + j])
+                        write_target(to_p, at_p + row * to_p_k + column * to_p_v, p[i * C + j])
             if warp == 0 and m == 0:
                 for j in range(C):
                     column = j // 4 * 4 * L + column0 + j % 4
                     if column < K:
-                        write_final(final_c, to * K + column, c[j])
-                        write_final(final_s, to * K + column, s[j])
-            if thread == 0 and head == 0:
-                write_count(final_phase, n, phase)
+                        write_target(to_c, goes * to_c_n + head * to_c_h + column * to_c_v, c[j])
+                        write_target(to_s, goes * to_s_n + head * to_s_h + column * to_s_v, s[j])
+        if to_phase != 0 and thread == 0 and head == 0:
+            write_count(to_phase, n, phase)
 
     return kernel

@@ -1,9 +1,11 @@
 """CPU kernels compiled by Numba: explicit SIMD, parallel over batch and heads, forward and backward.
 
-Light to import: the kernels, and Numba with them, load when a plan is made.
+Light to import: the kernels, and Numba with them, load when a plan is made. Where JAX is imported, kernels run inside
+of its programs too.
 """
 
 import importlib.util
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -16,10 +18,11 @@ class NumbaBackend:
     """See ``mixers.backend.Backend``."""
 
     name = "numba"
-    summary = "any CPU, NumPy and torch arrays"
+    summary = "any CPU, NumPy, torch and JAX arrays"
     preference = 10
     recomputes = False
-    place = Place(("numpy", "torch"), ("cpu",))
+    place = Place(("numpy", "torch", "jax"), ("cpu",))
+    libraries = ("numba", "llvmlite", "numpy")
 
     def status(self) -> Support:
         """Whether Numba can be imported."""
@@ -29,7 +32,8 @@ class NumbaBackend:
 
     def kernels(self) -> tuple[Kernel, ...]:
         """All kernels, in order of preference; imports Numba."""
-        return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
+        families = (*_FAMILIES, "xla") if "jax" in sys.modules else _FAMILIES
+        return tuple(kernel for family in families for kernel in import_module(f".{family}", __package__).KERNELS)
 
     def primitives(self) -> dict[str, Any]:
         """Kernels that compositions call; see ``mixers.packed``."""

@@ -12,6 +12,7 @@ threads; for little work and wherever threads are unsafe it runs them here, one 
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,15 @@ device = njit(**_INNER)
 
 leaf = njit(**_INNER, _nrt=False)
 """The same for a function that allocates nothing, and so need not count references, which costs as much as rows."""
+
+
+class _Notes(threading.local):
+    """Where calls of kernels are noted instead of made (see ``xla``): nowhere, unless a tape is set."""
+
+    tape: Any = None
+
+
+notes = _Notes()
 
 
 class _Annotation:
@@ -116,6 +126,9 @@ class Kernel:
         return self._launchers[dtype]
 
     def __call__(self, work: float, items: int, *args: Any) -> None:
+        if notes.tape is not None:
+            notes.tape.call(self, work, items, args)
+            return
         dtype = args[0].dtype
         if items > 1 and work > SERIAL_WORK and threads.parallel():
             launch, address = self.launcher(dtype)

@@ -25,7 +25,7 @@ from mixers.problem import Arrays, Problem
 from .compile import Flag, In, Index, Int, Out, Real, device, kernel
 from .delta_backward import backward
 from .delta_rows import SEGMENT, Head, ask, correct, give, places, store_tile, take, take_keys, take_queries
-from .kernel import NumbaKernel, Partial, given
+from .kernel import NumbaKernel, Partial, given, heads_at_once
 from .layout import checkpoint_row, kept_row, padded, span, zeroed
 from .simd import NARROW, PAIR, fma, lanes, load, mul, splat, splat_at, store, zeros
 
@@ -309,7 +309,7 @@ class DeltaRecurrent(NumbaKernel):
         """See ``mixers.backend.Kernel``."""
         o, sizes = Operands(problem, x), problem.sizes
         step, _ = vectors(problem)
-        block, heads = config["block"], max(sizes.N * sizes.H, 1)
+        block, heads = config["block"], heads_at_once(problem)
         # Columns are independent: how they are shared out changes no bit of the result.
         threads = numba.get_num_threads()
         while block > step and heads * -(-sizes.V // block) < threads:
@@ -340,7 +340,7 @@ class DeltaRecurrent(NumbaKernel):
         """See ``mixers.backend.Kernel``."""
         o, sizes = Operands(problem, x), problem.sizes
         block = backward_block(problem)
-        parts = max(1, min(-(-sizes.V // block), BACKWARD_ITEMS // max(sizes.N * sizes.H, 1)))
+        parts = max(1, min(-(-sizes.V // block), BACKWARD_ITEMS // heads_at_once(problem)))
         share = sizes.H // max(sizes.G, 1) * parts
         dq, dk = (Partial(dx[name], share) for name in ("q", "k"))
         dbeta = Partial(dx.get("beta"), parts)

@@ -24,7 +24,7 @@ from .delta import BACKWARD_ITEMS, FAMILY, Operands, silence
 from .delta_chunk_backward import backward
 from .delta_chunk_rows import CHUNK, HALF, fade_rows, key_places, predict, take_chunk, triangles
 from .delta_rows import Head, ask, give, store_tile, take
-from .kernel import NumbaKernel, Partial, given
+from .kernel import NumbaKernel, Partial, given, heads_at_once
 from .layout import kept_row, padded, span, zeroed
 from .matmul import matmul, matmul_ta
 
@@ -137,7 +137,7 @@ class DeltaChunk(NumbaKernel):
         """See ``mixers.backend.Kernel``."""
         o, sizes = Operands(problem, x), problem.sizes
         # Columns are independent: how they are shared out changes no bit of the result.
-        parts = max(1, min(sizes.V // 16, -(-numba.get_num_threads() // max(sizes.N * sizes.H, 1))))
+        parts = max(1, min(sizes.V // 16, -(-numba.get_num_threads() // heads_at_once(problem))))
         forward(
             problem.work() / 2,
             sizes.N * sizes.H * parts,
@@ -155,7 +155,7 @@ class DeltaChunk(NumbaKernel):
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """See ``mixers.backend.Kernel``."""
         o, sizes = Operands(problem, x), problem.sizes
-        parts = max(1, min(sizes.V // 32, BACKWARD_ITEMS // max(sizes.N * sizes.H, 1)))
+        parts = max(1, min(sizes.V // 32, BACKWARD_ITEMS // heads_at_once(problem)))
         share = sizes.H // max(sizes.G, 1) * parts
         dq, dk = (Partial(dx[name], share) for name in ("q", "k"))
         dbeta, ddecay = (Partial(dx.get(name), parts) for name in ("beta", "log_decay"))

@@ -17,9 +17,12 @@ class NumbaKernel(Kernel):
     """A kernel on host memory."""
 
     arrays = "numpy"
+    batch_invariant = True
 
     def supports(self, problem: Problem) -> Support:
         """Whether the arrays are on the CPU and the kernel takes the problem."""
+        if problem.library == "jax":
+            return Support.no("takes NumPy arrays; kernels named .xla take JAX's")
         return backend.place.holds(problem) and self.takes(problem)
 
     @abstractmethod
@@ -35,6 +38,12 @@ def given(array: np.ndarray | None, ndim: int, dtype: Any) -> np.ndarray:
 @functools.cache
 def _empty(ndim: int, dtype: Any) -> np.ndarray:
     return np.empty((0,) * ndim, dtype)
+
+
+def heads_at_once(problem: Problem) -> int:
+    """Heads among which work is shared out: those of one sequence, where nothing may depend on the batch."""
+    s = problem.sizes
+    return max(s.H if problem.flags.batch_invariant else s.N * s.H, 1)
 
 
 class Partial:

@@ -23,6 +23,7 @@ class TritonBackend:
     preference = 20
     recomputes = True
     place = Place(("torch",), ("cuda",))
+    libraries = ("torch", "triton")
 
     def status(self) -> Support:
         """Whether Triton and torch can be imported and there is a GPU, or its interpreter stands in for one."""
@@ -36,6 +37,10 @@ class TritonBackend:
     def kernels(self) -> tuple[Kernel, ...]:
         """All kernels, in order of preference; imports Triton."""
         return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
+
+    def compile_only(self, capability: int) -> None:
+        """From now on compile what is launched, for a GPU that this process cannot see, and run nothing."""
+        import_module(".ahead", __package__).compile_only(capability)
 
 
 def _driver() -> bool:

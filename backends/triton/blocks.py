@@ -13,6 +13,8 @@ import triton.language as tl
 
 # e^{−10⁴} is zero, and its multiples are numbers: −∞, a hard reset, is read as this.
 LEAST = tl.constexpr(-1e4)
+# In bfloat16 nothing shows beside what is e^{64} times larger.
+LEAST_HALF = tl.constexpr(-64.0)
 
 
 @triton.jit
@@ -75,6 +77,23 @@ def locate(
 
 
 @triton.jit
+def fading(
+    inward, fade, base, row, i, length, every, heads, head, c,
+    K: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, CHECKPOINTS: tl.constexpr,
+):  # fmt: skip
+    """What chunk i leaves of a state: a number where DECAY is 1, one a channel where it is 2.
+
+    Triton stages loads ahead only where they go into products, so a chain asks for this one a chunk before its use.
+    """
+    at, count = chunk(i, length, every, BT, CHECKPOINTS)
+    if DECAY == 1:
+        found = tl.load(inward + base + (at + count - 1).to(tl.int64) * heads, mask=count > 0, other=1.0)
+    else:
+        found = tl.load(fade + ((row + i) * heads + head) * K + c, mask=c < tl.where(count > 0, K, 0), other=1.0)
+    return found
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """``a b`` in float32; float32 operands as PRECISION says."""
     return tl.dot(a, b, input_precision=PRECISION)
@@ -132,9 +151,29 @@ def between(g, BT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def between_gradient(d, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradient of every g_m from d, that of ``between``: ``Σ_{i≥m>j} d_ij``, in which nothing cancels."""
+def pair_decays(g, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
+    """``e^{Σ_{j<m≤i} g_m}`` for every pair ``i ≥ j``, from ``g [BT]``; 1 or less above.
+
+    bfloat16 takes differences of one running sum, which is cheaper: it never falls below BT · LEAST_HALF, where its
+    last bit is an eighth of one of bfloat16's.
+    """
+    if operand == tl.bfloat16:
+        total = tl.cumsum(tl.maximum(g, LEAST_HALF), axis=0)
+        return tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
+    return tl.exp(between(g[:, None], BT, PRECISION))
+
+
+@triton.jit
+def pair_decays_gradient(d, g, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient of every g_m from d, that of the exponents of ``pair_decays`` for i > j: ``Σ_{i≥m>j} d_ij``.
+
+    float32 adds these; bfloat16 adds all ``i ≥ m`` and takes those away of which j is not before m either. What was
+    held at LEAST_HALF has none.
+    """
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    if operand == tl.bfloat16:
+        found = tl.cumsum(tl.sum(d, axis=1) - tl.sum(d, axis=0), axis=0, reverse=True)
+        return tl.where(g > LEAST_HALF, found, 0.0)
     return tl.sum(tl.where(i > j, gathered(j >= i, d, operand, PRECISION), 0.0), axis=1)
 
 

@@ -23,6 +23,7 @@ from .blocks import span
 from .delta_chunk import KERNELS as CHUNKED
 from .delta_chunk import MIXERS, backward, decay_axes
 from .kernel import PROCESSORS, TritonKernel, blank_unused, block, dense, first_marks, place
+from .pool import put_window, seats, served, window
 
 
 @triton.jit(do_not_specialize=["tokens", "every"])
@@ -32,8 +33,7 @@ def run(
     target, target_n, target_h, target_k, target_v, y, checkpoints, slots, out_slots, fresh, offsets, marks,
     tokens, every, heads, group, scale, eps,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
-    NORM: tl.constexpr, PACKED: tl.constexpr, POOL: tl.constexpr, FRESH: tl.constexpr, STORE: tl.constexpr,
-    CHECKPOINTS: tl.constexpr,
+    NORM: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr,
 ):  # fmt: skip
     """A block of values of one head of one sequence, from its first token to its last."""
     pid = tl.program_id(0)
@@ -44,20 +44,11 @@ def run(
     inside = (c < K)[:, None] & (e < V)[None, :]
     batch, start, length = span(n, tokens, offsets, PACKED)
 
-    where_from, where_to = n.to(tl.int64), n.to(tl.int64)
-    if POOL:
-        where_from = tl.load(slots + n).to(tl.int64)
-        where_to = tl.load(out_slots + n).to(tl.int64)
-    # Padding has no channels to read; a state without a place to go has none to write.
-    read = (c < tl.where(where_from >= 0, K, 0))[:, None] & (e < V)[None, :]
-    written = (c < tl.where((where_from >= 0) & (where_to >= 0), K, 0))[:, None] & (e < V)[None, :]
-    grid = c[:, None] * source_k + e[None, :] * source_v
-    s = tl.load(source + where_from * source_n + head * source_h + grid, mask=read, other=0.0).to(tl.float32)
-    if FRESH:
-        begins = tl.load(fresh + n) != 0
-        grid = c[:, None] * first_k + e[None, :] * first_v
-        origin = tl.load(first + n * first_n + head * first_h + grid, mask=inside, other=0.0).to(tl.float32)
-        s = tl.where(begins, origin, s)
+    where_from, where_to = seats(n, slots, out_slots)
+    s = window(source + where_from * source_n + head * source_h, c, e, source_k, source_v, where_from >= 0, K, V)
+    if fresh is not None:
+        origin = window(first + n.to(tl.int64) * first_n + head * first_h, c, e, first_k, first_v, True, K, V)
+        s = tl.where(tl.load(fresh + n) != 0, origin, s)
 
     q += batch * q_b + start * q_t + (head // group) * q_h + c
     k += batch * k_b + start * k_t + (head // group) * k_h + c
@@ -96,10 +87,9 @@ def run(
         if CHECKPOINTS and (t + 1) % every == 0:
             tl.store(checkpoints, s.to(checkpoints.dtype.element_ty), mask=inside)
             checkpoints += heads * K * V
-    if STORE:
-        grid = c[:, None] * target_k + e[None, :] * target_v
-        target += where_to * target_n + head * target_h + grid
-        tl.store(target, s.to(target.dtype.element_ty), mask=written)
+    if target is not None:
+        target += where_to * target_n + head * target_h
+        put_window(target, s, c, e, target_k, target_v, (where_from >= 0) & (where_to >= 0), K, V)
 
 
 class DeltaRecurrent(TritonKernel):
@@ -153,7 +143,6 @@ def _launch(
     beta, g = x.get("beta"), x.get("log_decay")
     decay = decay_axes(problem)
     g = dense(g) if decay == 2 else g
-    slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
     programs = s.N * s.H * triton.cdiv(s.V, config["block_v"])
     if programs == 0:
         return
@@ -166,15 +155,12 @@ def _launch(
         "DECAY": decay,
         "NORM": problem.option.get("qk_l2norm", False),
         "PACKED": problem.packed,
-        "POOL": pool is not None,
-        "FRESH": fresh is not None,
-        "STORE": target is not None,
         "CHECKPOINTS": checkpoints is not None,
     }
     run[(programs,)](
         *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(v, 0, 1, 2), *place(beta, 0, 1, 2), *place(g, 0, 1, 2),
         *place(x["initial.state"], 0, 1, 2, 3), *place(source, 0, 1, 2, 3), *place(target, 0, 1, 2, 3),
-        y, checkpoints, slots, out_slots, fresh, x["offsets"], first_marks(problem, x["offsets"]),
+        y, checkpoints, *served(pool), x["offsets"], first_marks(problem, x["offsets"]),
         s.T, every, s.H, s.H // s.G, read_scale(problem.option, s.K), L2_EPS,
         **constants, num_warps=config["num_warps"],
     )  # fmt: skip

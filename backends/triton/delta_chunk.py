@@ -125,6 +125,7 @@ class Cut:
         """A, P and decays of every chunk."""
         grid = (self.rows * self.problem.sizes.H,)
         self.p = self.scratch(self.block_t)
+        self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         if self.decay == 2:
             self._fold(grid)
         else:
@@ -132,20 +133,25 @@ class Cut:
                 self.inward, self.outward = self.scalars(), self.scalars()
             forwards.scores[grid](
                 *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.p, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
-                **self.constants(self.wide[0]), DECAY=self.decay, PRECISION=self.precision, num_warps=4, num_stages=1,
+                self.p, self.pairs, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
+                **self.constants(self.wide[0]), DELTA=self.delta, DECAY=self.decay, PRECISION=self.precision,
+                num_warps=4, num_stages=1,
             )  # fmt: skip
         if self.delta:
-            self.a = self.scratch(self.block_t)
-            blocks = self.block_t // 16
-            diagonal = self.scratch(16, torch.float32)
-            shared = (
-                *place(self.plain[1], 0, 1, 2), *place(self.beta, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.pairs, diagonal, self.a, self.offsets, *self.lengths(),
-            )  # fmt: skip
-            constants = self.constants(self.wide[0]) | {"DECAY": self.decay, "PRECISION": self.precision}
-            forwards.invert[(grid[0] * blocks,)](*shared, **constants, num_warps=1, num_stages=1)
-            forwards.substitute[(grid[0] * (blocks - 1),)](*shared, **constants, num_warps=1, num_stages=1)
+            self._solve(grid[0])
+
+    def _solve(self, programs: int) -> None:
+        """A from the pairs, which a decay a channel needs again."""
+        self.a = self.scratch(self.block_t)
+        blocks = self.block_t // 16
+        diagonal = self.scratch(16, torch.float32)
+        shared = *place(self.beta, 0, 1, 2), self.pairs, diagonal, self.a, self.offsets, *self.lengths()
+        constants = self.constants() | {"PRECISION": self.precision}
+        del constants["K"], constants["BK"]
+        forwards.invert[(programs * blocks,)](*shared, **constants, num_warps=1, num_stages=1)
+        forwards.substitute[(programs * (blocks - 1),)](*shared, **constants, num_warps=1, num_stages=1)
+        if self.decay < 2:
+            self.pairs = None  # as large as q, k and v: later scratch takes its place
 
     def _fold(self, grid: tuple[int]) -> None:
         """Decays a channel, folded into q and k, and the pairs inside of chunks."""
@@ -153,7 +159,6 @@ class Cut:
         self.q, self.k = self.scratch(s.K), self.scratch(s.K)
         self.keys_in = self.scratch(s.K) if self.delta else self.k
         self.fade = torch.empty((self.rows, s.H, s.K), dtype=torch.float32, device=k.device)
-        self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         decays.fold[grid](
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
@@ -161,10 +166,13 @@ class Cut:
             num_warps=max(1, block(s.K) // 32), num_stages=1,
         )  # fmt: skip
 
-    def spell_out(self) -> None:
-        """W and U of every chunk, for a thin chain."""
-        s = self.problem.sizes
-        self.w, self.u = (self.scratch(s.K), self.scratch(s.V)) if self.delta else (None, self.v)
+    def spell_out(self, exact: bool) -> None:
+        """W and U of every chunk, for a thin chain.
+
+        Where y comes of them U stays in float32, ``exact``: of alike keys U − W S is small, and rounding U is not.
+        """
+        s, kind = self.problem.sizes, torch.float32 if exact else None
+        self.w, self.u = (self.scratch(s.K), self.scratch(s.V, kind)) if self.delta else (None, self.v)
         if self.delta:
             forwards.prepare[(self.rows * s.H,)](
                 *place(self.keys_in, 0, 1, 2), *place(self.v, 0, 1, 2), *place(self.beta, 0, 1, 2),
@@ -177,11 +185,13 @@ class Cut:
         *most, group = self.lengths()
         return (*most, 1 if keys.shape[2] == self.problem.sizes.H else group)
 
-    def chain(self, config: Config, fused: bool, out: Arrays, y: Array | None) -> tuple[Array | None, Array | None]:
+    def chain(
+        self, config: Config, fused: bool, out: Arrays, y: Array | None, exact: bool = False
+    ) -> tuple[Array | None, Array | None]:
         """From chunk to chunk: outputs where it is fused, otherwise first states and writes of every chunk."""
         s, block_v = self.problem.sizes, config["block_v"]
         if not fused:
-            self.spell_out()
+            self.spell_out(exact)
         w, u = (self.keys_in if self.delta else None, self.v) if fused else (self.w, self.u)
         states = None if fused else self.states()
         written = self.scratch(s.V) if self.delta and not fused else None
@@ -307,6 +317,17 @@ def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:
     normalise_backward(cut.x[name], normal[name], dx[name])
 
 
+def _stages(delta: bool, half: bool, channels: int, block_v: int) -> int:
+    """How many chunks a chain holds in shared memory: W, A, P, q, k and values of each, or P, q, k and values."""
+    if not half or channels > 128:
+        return 1
+    if channels <= 64:
+        return 3
+    if delta:
+        return 3 if block_v <= 32 else 2
+    return 4
+
+
 class DeltaChunk(TritonKernel):
     """Chunks on tensor cores; the chain fused with the reads where heads fill the card, thin where they do not."""
 
@@ -323,22 +344,35 @@ class DeltaChunk(TritonKernel):
         return not problem.single
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
-        """The default first: blocks of values as wide as leave a program to every multiprocessor."""
+        """The default first: blocks of values as wide as leave a program to every multiprocessor.
+
+        What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains more. Few
+        heads chain fused where a chunk has a system to solve, which ``prepare`` would spell out for them otherwise.
+        """
         _, _, key_dim, value_dim = problem.widths
-        half = problem.dtype == "bfloat16"
-        block_t = 64 if half else 32
+        delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
         widest = min(block(value_dim), 64 if block(key_dim) <= 128 else 32)
         if not half:
             widest = min(widest, 4096 // block(key_dim))
+        elif not delta and block(key_dim) <= 64:
+            widest = min(widest, 32)
         sizes = [b for b in (64, 32, 16) if b <= widest]
         busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= 0.75 * PROCESSORS]
         block_v = busy[0] if busy else sizes[-1]
-        fused = int(bool(busy) and busy[0] >= min(32, sizes[0]))
-        # Two stages of wide tiles are more than a multiprocessor's shared memory.
-        stages = 2 if half and block(key_dim) <= 128 else 1
-        warps = 4 if half else 8
-        first = {"block_t": block_t, "block_v": block_v, "fused": fused, "num_warps": warps, "num_stages": stages}
-        others = (first | {"block_v": b, "fused": f, "num_warps": w} for b in sizes for f in (1, 0) for w in (4, 8))
+        fused = int(delta or block_v >= min(32, sizes[0]))
+
+        def config(block_v: int, fused: int, fewer: int) -> Config:
+            stages = _stages(delta, half, block(key_dim), block_v)
+            return {
+                "block_t": 64 if half else 32,
+                "block_v": block_v,
+                "fused": fused,
+                "num_warps": 4 if half else 8,
+                "num_stages": max(1, stages - fewer),
+            }
+
+        first = config(block_v, fused, 0)
+        others = (config(b, f, fewer) for b in sizes for f in (1, 0) for fewer in (0, 1))
         return (first, *(c for c in others if c != first))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
@@ -352,7 +386,7 @@ class DeltaChunk(TritonKernel):
         if config["fused"]:
             cut.chain(config, True, out, out["y"])
         else:
-            states, written = cut.chain(config, False, out, None)
+            states, written = cut.chain(config, False, out, None, exact=True)
             cut.outputs(states, written, out["y"])
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:

@@ -22,7 +22,18 @@ A transposed product is computed with its factors the other way round, or its tr
 import triton
 import triton.language as tl
 
-from .blocks import between, between_gradient, chunk, chunks, decay_gradient, dot, first_row, locate, span
+from .blocks import (
+    chunk,
+    chunks,
+    decay_gradient,
+    dot,
+    fading,
+    first_row,
+    locate,
+    pair_decays,
+    pair_decays_gradient,
+    span,
+)
 
 
 @triton.jit(do_not_specialize=["tokens", "per", "every"])
@@ -57,8 +68,14 @@ def chain_back(
     dy += batch * dy_b + start * dy_t + head * dy_h
     base = (batch * tokens + start) * heads + head
     number = chunks(length, every, BT, CHECKPOINTS)
+    if DECAY:
+        final = tl.maximum(number - 1, 0)
+        ahead = fading(inward, fade, base, row, final, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
     for step in range(number):
         i = number - 1 - step
+        if DECAY:
+            left, before = ahead, tl.maximum(i - 1, 0)
+            ahead = fading(inward, fade, base, row, before, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
         at, count = chunk(i, length, every, BT, CHECKPOINTS)
         here = at + t
         rows = (t < count)[:, None]
@@ -86,9 +103,9 @@ def chain_back(
         if DECAY == 1:
             into = tl.load(inward + place, mask=t < count, other=0.0)
             arriving = (arriving.to(tl.float32) * into[:, None]).to(operand)
-            ds *= tl.load(inward + base + (at + count - 1).to(tl.int64) * heads)
+            ds *= left
         if DECAY == 2:
-            ds *= tl.load(fade + ((row + i) * heads + head) * K + c, mask=c < K, other=0.0)[:, None]
+            ds *= left[:, None]
         ds += scale * dot(tl.trans(query), arriving, PRECISION)
         if DELTA:
             correction = tl.load(w + place[:, None] * K + c[None, :], mask=keys, other=0.0)
@@ -156,7 +173,7 @@ def chunks_back(
     if DECAY == 1:
         g += batch * g_b + (start + t) * g_t + head * g_h
         log = tl.load(g, mask=t < count, other=0.0).to(tl.float32)
-        lower = tl.exp(between(log[:, None], BT, PRECISION))
+        lower = pair_decays(log, BT, operand, PRECISION)
         into = tl.load(inward + place, mask=t < count, other=0.0)[:, None]
         out_of = tl.load(outward + place, mask=t < count, other=0.0)[:, None]
     if DECAY < 2 and (DECAY == 1 or DELTA):
@@ -182,7 +199,7 @@ def chunks_back(
         if DELTA:
             change += writes * kk
             writes *= lower
-        dlog = between_gradient(change, BT, operand, PRECISION)
+        dlog = pair_decays_gradient(change, log, BT, operand, PRECISION)
     reads, writes = reads.to(operand), writes.to(operand)
     if DELTA and DECAY == 2:
         tl.store(dn + place[:, None] * BT + j, writes, mask=rows)

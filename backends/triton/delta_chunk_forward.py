@@ -7,11 +7,11 @@ A chunk of C tokens starts from a state S; rows are tokens, G a running sum of `
     U' = U − W S  (delta), V (linear)                                   Y = scale (e^G∘Q) S + P U'
     S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
 
-``invert`` and ``substitute`` fill A, ``scores`` P, for all chunks side by side: no state is in them, so they are off
-the chain. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
-``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W and U from
-``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by side. With one decay a
-channel the factors do not come out of the products: ``decays`` folds them into Q and K beforehand.
+``scores`` fills P and K Kᵀ∘L, ``invert`` and ``substitute`` A, for all chunks side by side: no state is in them, so
+they are off the chain. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where
+it computes ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W
+and U from ``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by side. With one
+decay a channel the factors do not come out of the products: ``decays`` folds them into Q and K beforehand.
 
     q, k [B,T,G,K]   v [B,T,H,V]   w [B,T,H,K]   u [B,T,H,V]   p [B,T,H,C]   states [R,H,K,V], a row a chunk
     inward [B,T,H] = e^{G_i}, outward [B,T,H] = e^{G_C−G_i}; fade [R,H,K] = e^{G_C} a channel
@@ -20,68 +20,18 @@ channel the factors do not come out of the products: ``decays`` folds them into 
 import triton
 import triton.language as tl
 
-from .blocks import between, chunk, chunks, dot, first_row, inverse, locate, span
+from .blocks import chunk, chunks, dot, fading, first_row, inverse, locate, pair_decays, span
 
 
 @triton.jit
-def rows_of(x, x_t, sub, count, at, K: tl.constexpr, BK: tl.constexpr):
-    """A block of columns of the 16 rows of one sub-chunk."""
-    t, c = sub * 16 + tl.arange(0, 16)[:, None], at + tl.arange(0, BK)[None, :]
-    return tl.load(x + t * x_t + c, mask=(t < count) & (c < K), other=0.0)
-
-
-@triton.jit
-def block_decay(g, g_t, a, b, count):
-    """``e^{G_i−G_j}`` for i in sub-chunk a and j in an earlier one b: sums up to i, of what lies between, behind j."""
+def lower(pairs, beta, beta_t, a, b, count, step):
+    """A block of N: ``beta_i ⟨k_i, k_j⟩`` with its decay, for i in sub-chunk a and j in b."""
     t = tl.arange(0, 16)
-    up = tl.load(g + (a * 16 + t) * g_t, mask=a * 16 + t < count, other=0.0).to(tl.float32)
-    down = tl.load(g + (b * 16 + t + 1) * g_t, mask=(t < 15) & (b * 16 + t + 1 < count), other=0.0).to(tl.float32)
-    total = tl.cumsum(up, axis=0)[:, None] + tl.cumsum(down, axis=0, reverse=True)[None, :]
-    for s in tl.static_range(1, 3):
-        if b + s < a:
-            m = (b + s) * 16 + t
-            total += tl.sum(tl.load(g + m * g_t, mask=m < count, other=0.0).to(tl.float32))
-    return tl.exp(total)
-
-
-@triton.jit
-def own_decay(g, g_t, a, count, PRECISION: tl.constexpr):
-    """``e^{G_i−G_j}`` inside one sub-chunk, for i ≥ j."""
-    t = a * 16 + tl.arange(0, 16)
-    return tl.exp(between(tl.load(g + t * g_t, mask=t < count, other=0.0).to(tl.float32)[:, None], 16, PRECISION))
-
-
-@triton.jit
-def product(x, x_t, k, k_t, a, b, count, K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """``x_a k_bᵀ`` of two sub-chunks."""
-    found = tl.zeros([16, 16], tl.float32)
-    for at in range(0, K, BK):
-        rows = rows_of(x, x_t, a, count, at, K, BK)
-        found += dot(rows, tl.trans(rows_of(k, k_t, b, count, at, K, BK)), PRECISION)
-    return found
-
-
-@triton.jit
-def gram(
-    k, k_t, beta, beta_t, g, g_t, pairs, a, b, OWN: tl.constexpr, count, step,
-    K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A block of N: ``beta_i ⟨k_i, k_j⟩`` with its decay, for i in sub-chunk a and j in b; OWN where they are one."""
-    t = tl.arange(0, 16)
-    if DECAY == 2:
-        where = (a * 16 + t[:, None]) * step + b * 16 + t[None, :]
-        found = tl.load(pairs + where, mask=(a * 16 + t < count)[:, None], other=0.0)
-    else:
-        found = product(k, k_t, k, k_t, a, b, count, K, BK, PRECISION)
-    if DECAY == 1:
-        if OWN:
-            found *= own_decay(g, g_t, a, count, PRECISION)
-        else:
-            found *= block_decay(g, g_t, a, b, count)
-    found *= tl.load(beta + (a * 16 + t) * beta_t, mask=a * 16 + t < count, other=0.0).to(tl.float32)[:, None]
-    if OWN:
-        found = tl.where(t[:, None] > t[None, :], found, 0.0)
-    return found
+    inside = a * 16 + t < count
+    where = (a * 16 + t[:, None]).to(tl.int64) * step + b * 16 + t[None, :]
+    found = tl.load(pairs + where, mask=inside[:, None], other=0.0)
+    found *= tl.load(beta + (a * 16 + t) * beta_t, mask=inside, other=0.0).to(tl.float32)[:, None]
+    return tl.where((a * 16 + t)[:, None] > (b * 16 + t)[None, :], found, 0.0)
 
 
 @triton.jit
@@ -102,10 +52,8 @@ def fetch(x, a, b, count, step):
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def invert(
-    k, k_b, k_t, k_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, pairs, diagonal, a, offsets,
-    tokens, sequences, per, every, heads, group,
-    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
-    CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+    beta, beta_b, beta_t, beta_h, pairs, diagonal, a, offsets, tokens, sequences, per, every, heads, group,
+    BT: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of one diagonal block of I + N, 16 tokens, by one warp."""
     pid = tl.program_id(0)
@@ -115,17 +63,11 @@ def invert(
     if count <= sub * 16:
         return
     count = count.to(tl.int32)
-    k += batch * k_b + start * k_t + (head // group) * k_h
     beta += batch * beta_b + start * beta_t + head * beta_h
-    if DECAY == 1:
-        g += batch * g_b + start * g_t + head * g_h
     place = (batch * tokens + start) * heads + head
     a += place * BT
-    if DECAY == 2:
-        pairs += place * BT
     step = heads * BT
-    n = gram(k, k_t, beta, beta_t, g, g_t, pairs, sub, sub, True, count, step, K, BK, BT, DECAY, PRECISION)
-    solved = inverse(n, 16, PRECISION)
+    solved = inverse(lower(pairs + place * BT, beta, beta_t, sub, sub, count, step), 16, PRECISION)
     put(diagonal + place * 16, sub, 0, solved, count, heads * 16)
     put(a, sub, sub, solved, count, step)
     nothing = tl.zeros([16, 16], tl.float32)
@@ -135,28 +77,22 @@ def invert(
 
 @triton.jit
 def below(
-    k, k_t, beta, beta_t, g, g_t, pairs, diagonal, i, j, x0, x1, x2, count, step,
-    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr,
+    pairs, beta, beta_t, diagonal, i, j, x0, x1, x2, count, step, ROWS: tl.constexpr, BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``A_ij = −A_ii Σ_m N_im A_mj`` from the ROWS blocks A_mj, m from j on, that are known."""
-    n = gram(k, k_t, beta, beta_t, g, g_t, pairs, i, j, False, count, step, K, BK, BT, DECAY, PRECISION)
-    found = dot(n, x0, PRECISION)
+    found = dot(lower(pairs, beta, beta_t, i, j, count, step), x0, PRECISION)
     if ROWS > 1:
-        n = gram(k, k_t, beta, beta_t, g, g_t, pairs, i, j + 1, False, count, step, K, BK, BT, DECAY, PRECISION)
-        found += dot(n, x1, PRECISION)
+        found += dot(lower(pairs, beta, beta_t, i, j + 1, count, step), x1, PRECISION)
     if ROWS > 2:
-        n = gram(k, k_t, beta, beta_t, g, g_t, pairs, i, j + 2, False, count, step, K, BK, BT, DECAY, PRECISION)
-        found += dot(n, x2, PRECISION)
+        found += dot(lower(pairs, beta, beta_t, i, j + 2, count, step), x2, PRECISION)
     return -dot(fetch(diagonal, i, 0, count, step // BT * 16), found, PRECISION)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def substitute(
-    k, k_b, k_t, k_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, pairs, diagonal, a, offsets,
-    tokens, sequences, per, every, heads, group,
-    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
-    CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+    beta, beta_b, beta_t, beta_h, pairs, diagonal, a, offsets, tokens, sequences, per, every, heads, group,
+    BT: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A column of blocks of A below its diagonal, by one warp: a substitution, a block of 16 tokens at a time."""
     pid = tl.program_id(0)
@@ -166,38 +102,31 @@ def substitute(
     if count <= (j + 1) * 16:
         return
     count = count.to(tl.int32)
-    k += batch * k_b + start * k_t + (head // group) * k_h
     beta += batch * beta_b + start * beta_t + head * beta_h
-    if DECAY == 1:
-        g += batch * g_b + start * g_t + head * g_h
     place = (batch * tokens + start) * heads + head
     a += place * BT
+    pairs += place * BT
     diagonal += place * 16
-    if DECAY == 2:
-        pairs += place * BT
     step = heads * BT
     x0 = fetch(diagonal, j, 0, count, heads * 16)
-    x1 = below(k, k_t, beta, beta_t, g, g_t, pairs, diagonal, j + 1, j, x0, x0, x0, count, step,
-               1, K, BK, BT, DECAY, PRECISION)  # fmt: skip
+    x1 = below(pairs, beta, beta_t, diagonal, j + 1, j, x0, x0, x0, count, step, 1, BT, PRECISION)
     put(a, j + 1, j, x1, count, step)
     if (j + 2) * 16 < count:
-        x2 = below(k, k_t, beta, beta_t, g, g_t, pairs, diagonal, j + 2, j, x0, x1, x1, count, step,
-                   2, K, BK, BT, DECAY, PRECISION)  # fmt: skip
+        x2 = below(pairs, beta, beta_t, diagonal, j + 2, j, x0, x1, x1, count, step, 2, BT, PRECISION)
         put(a, j + 2, j, x2, count, step)
         if (j + 3) * 16 < count:
-            x3 = below(k, k_t, beta, beta_t, g, g_t, pairs, diagonal, j + 3, j, x0, x1, x2, count, step,
-                       3, K, BK, BT, DECAY, PRECISION)  # fmt: skip
+            x3 = below(pairs, beta, beta_t, diagonal, j + 3, j, x0, x1, x2, count, step, 3, BT, PRECISION)
             put(a, j + 3, j, x3, count, step)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def scores(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, p, inward, outward, offsets,
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, p, pairs, inward, outward, offsets,
     tokens, sequences, per, every, heads, group, scale,
-    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
-    CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+    PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P of one chunk of one head, and the decays from its start and to its end."""
+    """P of one chunk of one head, K Kᵀ∘L as ``pairs``, and the decays from its start and to its end."""
     pid = tl.program_id(0)
     head, row = pid % heads, (pid // heads).to(tl.int64)
     batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
@@ -209,21 +138,28 @@ def scores(
     place = (batch * tokens + start + t) * heads + head
     q += batch * q_b + (start + i) * q_t + (head // group) * q_h
     k += batch * k_b + (start + i) * k_t + (head // group) * k_h
-    qk = tl.zeros([BT, BT], tl.float32)
+    qk, kk = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
     for at in range(0, K, BK):
         c = at + tl.arange(0, BK)[None, :]
         inside = rows & (c < K)
         query, key = tl.load(q + c, mask=inside, other=0.0), tl.load(k + c, mask=inside, other=0.0)
         qk += dot(query, tl.trans(key), PRECISION)
+        if DELTA:
+            kk += dot(key, tl.trans(key), PRECISION)
     if DECAY == 1:
         g += batch * g_b + (start + t) * g_t + head * g_h
         log = tl.load(g, mask=t < count, other=0.0).to(tl.float32)
         later = tl.load(g + g_t, mask=t + 1 < count, other=0.0).to(tl.float32)
-        qk *= tl.exp(between(log[:, None], BT, PRECISION))
+        between = pair_decays(log, BT, k.dtype.element_ty, PRECISION)
+        qk *= between
+        if DELTA:
+            kk *= between
         tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=t < count)
         tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=t < count)
     reads = tl.where(i >= j, scale * qk, 0.0)
     tl.store(p + place[:, None] * BT + j, reads.to(p.dtype.element_ty), mask=rows)
+    if DELTA:
+        tl.store(pairs + place[:, None] * BT + j, kk, mask=rows)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
@@ -300,7 +236,12 @@ def chain(
     if DELTA and FUSED:
         beta += batch * beta_b + start * beta_t + head * beta_h
     base = (batch * tokens + start) * heads + head
+    if DECAY:
+        ahead = fading(inward, fade, base, row, length * 0, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
     for i in range(chunks(length, every, BT, CHECKPOINTS)):
+        if DECAY:
+            left = ahead
+            ahead = fading(inward, fade, base, row, i + 1, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
         at, count = chunk(i, length, every, BT, CHECKPOINTS)
         here = at + t
         rows = (t < count)[:, None]
@@ -336,9 +277,9 @@ def chain(
         if DECAY == 1:
             out_of = tl.load(outward + place, mask=t < count, other=0.0)
             write = (write.to(tl.float32) * out_of[:, None]).to(operand)
-            s *= tl.load(inward + base + (at + count - 1).to(tl.int64) * heads)
+            s *= left
         if DECAY == 2:
-            s *= tl.load(fade + ((row + i) * heads + head) * K + c, mask=c < K, other=0.0)[:, None]
+            s *= left[:, None]
         s += dot(tl.trans(key), write, PRECISION)
         if MARKED:
             if (at + count) % every == 0:

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mixers.backend import Config, Support
+from mixers.backend import Config, Pool, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
@@ -32,22 +32,26 @@ from .lattice_slots import (
     put_slab,
     segment_row,
     slab,
-    tile,
     turn_token,
     vector,
 )
+from .pool import put_window, seats, served, window
 
 
 @triton.jit(do_not_specialize=["beta_b", "g_b", "tokens", "every"])
 def forward(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
-    initial, initial_n, initial_h, initial_k, offsets, first_slots, marks, y, final, marked, kept,
-    tokens, every, heads, group, scale,
+    initial, initial_n, initial_h, initial_k, initial_v, source, source_n, source_h, source_k, source_v,
+    target, target_n, target_h, target_k, target_v, slots, out_slots, fresh,
+    offsets, first_slots, marks, y, marked, kept, tokens, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr,
     OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, MARKED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """All tokens of one sequence and head. KEEP leaves the slots of every segment and neither reads nor returns."""
+    """All tokens of one sequence and head. KEEP leaves the slots of every segment and neither reads nor returns.
+
+    With ``slots`` states lie in a pool: ``source`` and ``target`` are the pool, ``initial`` is for the fresh.
+    """
     n = tl.program_id(0) // heads
     h = tl.program_id(0) % heads
     batch, first, total = span(n, tokens, offsets, PACKED)
@@ -64,8 +68,11 @@ def forward(
         y += ((batch * tokens + first) * heads + h) * V
     if MARKED:
         mark = tl.load(marks + n) if PACKED else n.to(tl.int64) * (tokens // every)
-    own = (n.to(tl.int64) * heads + h) * K * V
-    s = tile(initial + n.to(tl.int64) * initial_n + h * initial_h, i, j, initial_k, K, V).to(tl.float32)
+    where_from, where_to = seats(n, slots, out_slots)
+    s = window(source + where_from * source_n + h * source_h, i, j, source_k, source_v, where_from >= 0, K, V)
+    if fresh is not None:
+        origin = window(initial + n.to(tl.int64) * initial_n + h * initial_h, i, j, initial_k, initial_v, True, K, V)
+        s = tl.where(tl.load(fresh + n) != 0, origin, s)
     if length > 0:
         s = adopt(s, slab(first_slots, i, j, K, V))
     base = segment_row(n, first, tokens, SEGMENT, PACKED)
@@ -95,6 +102,7 @@ def forward(
                 out, p = column_sums(s * weight[:, None], s * next_key[:, None])
             else:
                 out = tl.sum(s * weight[:, None], 0)
+            out = tl.where(where_from >= 0, out, 0.0)
             tl.store(y + tl.cast(t, tl.int64) * heads * V + j, out.to(y.dtype.element_ty), mask=j < V)
             query = next_query
             next_query = later_query
@@ -104,24 +112,31 @@ def forward(
         value = next_value
         next_key = later_key
         next_value = later_value
-    if final is not None:
-        put_slab(final + own, s, i, j, K, V)
+    if target is not None:
+        target += where_to * target_n + h * target_h
+        put_window(target, s, i, j, target_k, target_v, (where_from >= 0) & (where_to >= 0), K, V)
 
 
-def launch(problem: Problem, config: Config, x: Arrays, out: Arrays, kept: Array) -> None:
-    """The recurrence into ``out``, or into ``kept`` for a backward."""
-    s, option, beta = problem.sizes, problem.option, x["beta"]
+def launch(
+    problem: Problem, config: Config, x: Arrays, out: Arrays, kept: Array | None = None, pool: Pool | None = None
+) -> None:
+    """The recurrence into ``out``, into ``kept`` for a backward, or into a pool."""
+    s, option, beta, first = problem.sizes, problem.option, x["beta"], x["initial.state"]
+    source, target = (pool.arrays[0], pool.arrays[0]) if pool else (first, out.get("final.state"))
     forward[(s.N * s.H,)](
         *place(dense(x["q"]), 0, 1, 2),
         *place(dense(x["k"]), 0, 1, 2),
         *place(dense(x["v"]), 0, 1, 2),
         *place(dense(beta) if beta.ndim == 4 else beta, 0, 1, 2),
         *place(x.get("log_decay"), 0, 1, 2),
-        *place(dense(x["initial.state"]), 0, 1, 2),
+        *place(first, 0, 1, 2, 3),
+        *place(source, 0, 1, 2, 3),
+        *place(target, 0, 1, 2, 3),
+        *served(pool),
         x.get("offsets"),
         directions(problem, x["q"].device),
         first_marks(problem, x.get("offsets")),
-        *(out.get("y"), out.get("final.state"), out.get("checkpoint.state"), kept),
+        *(out.get("y"), out.get("checkpoint.state"), kept),
         *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G, option["scale"]),
         **constants(problem),
         READ_NORM=option["read_norm"],
@@ -153,6 +168,7 @@ class LatticeRecurrent(TritonKernel):
     name = "lattice.recurrent"
     form = "recurrent"
     mixers = frozenset({"lattice"})
+    in_place = True
 
     def takes(self, problem: Problem) -> Support:
         """Only the exact recurrence."""
@@ -172,7 +188,12 @@ class LatticeRecurrent(TritonKernel):
         s = problem.sizes
         blank_unused(problem, out)
         if s.N * s.H:
-            launch(problem, config, x, out, None)
+            launch(problem, config, x, out)
+
+    def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y``, and the pool in place."""
+        if problem.sizes.N * problem.sizes.H:
+            launch(problem, config, x, {"y": y}, pool=pool)
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """See ``Kernel``."""

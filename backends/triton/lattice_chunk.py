@@ -4,12 +4,14 @@ import dataclasses
 
 import torch
 
-from mixers.backend import Config, Support
+from mixers.backend import Config, Pool, Support
 from mixers.problem import Arrays, Problem
+from mixers.spec import Array
 
 from .kernel import TritonKernel, blank_unused
 from .lattice_chunk_backward import backward
 from .lattice_chunk_forward import Shape, area, gated, inputs, read, walk
+from .lattice_decode import decode
 from .lattice_slots import directions
 
 WIDEST = 256 * 128  # slots × values, in powers of two, whose products fit into shared memory
@@ -22,6 +24,7 @@ class LatticeChunk(TritonKernel):
     name = "lattice.chunk"
     form = "chunk"
     mixers = frozenset({"lattice"})
+    in_place = True
 
     def takes(self, problem: Problem) -> Support:
         """Only where the chunk is part of the model."""
@@ -52,13 +55,17 @@ class LatticeChunk(TritonKernel):
         read[(shape.rows * s.H,)](
             *inputs(x),
             directions(problem, found.slots.device),
-            *(found.pieces, found.slots, found.running, out["y"]),
+            *(found.pieces, found.slots, found.running, found.again, out["y"]),
             *(s.T, s.H, s.H // s.G, problem.option["scale"]),
             **shape.common,
             READ_NORM=problem.option["read_norm"],
             num_warps=config["piece_warps"],
             num_stages=1,
         )
+
+    def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y``, and the pool in place."""
+        decode(problem, config, x, pool, y)
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """See ``Kernel``."""

@@ -44,8 +44,12 @@ from .kernel import dense, first_marks, gather, place, spread, wanted
 from .lattice_chunk_forward import (
     Shape,
     Walk,
+    afresh,
+    afresh_square,
     decays,
+    emptied,
     first_row,
+    gated,
     inputs,
     piece_row,
     read_norms,
@@ -91,11 +95,20 @@ def decays_back(g, rows, stride, size, BT: tl.constexpr, GATED: tl.constexpr):
     return tl.where(above, 1.0, 0.0)
 
 
+@triton.jit
+def of_decays(moved, level, at, size, PRECISION: tl.constexpr):
+    """From the gradients of W and b, times themselves, to those of a piece's log decays."""
+    later = tl.where(at[:, None] > at[None, :], moved, 0.0)
+    before = dot(later, tl.where(at[:, None] < at[None, :], 1.0, 0.0), PRECISION) + level[:, None]
+    inside = (at[:, None] >= at[None, :]) & (at < size)[:, None]
+    return tl.sum(tl.where(inside, before, 0.0), 0)
+
+
 @triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
 def measure(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     dy, dy_b, dy_t, dy_h, dq, dq_b, dq_t, dq_h,
-    first_slots, pieces, slots, running, weight_to, held_to, da_to, f_to, dp_to, de_to, moments, dg,
+    first_slots, pieces, slots, running, again, weight_to, held_to, da_to, f_to, dp_to, de_to, moments, turned_to, dg,
     tokens, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
@@ -129,6 +142,12 @@ def measure(
     w, b = decays(g, at, g_t, size, BT, GATED)
     wt = decays_back(g, at, g_t, size, BT, GATED)
     a, e, hm, ht, et = sides(key, value, phi, strength, OBJECTIVE, PRECISION)
+    if GATED:
+        begun = tl.load(again + row * heads + h) > 0
+        if begun:
+            live = 1 - emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
+            e *= live
+            et *= tl.trans(live)
     along = dot(w, a * e, DIGITS)
     part_phi = dot(up, tl.trans(phi), PRECISION)
     part_s = part_phi
@@ -139,6 +158,12 @@ def measure(
     # Behind a reset y hardly depends on the size of E: what comes to E on two ways cancels, all but a few digits.
     exact: tl.constexpr = tl.float32 if GATED else OPERAND
     to_weight += dot((w * toward_h).to(exact), e.to(exact), DIGITS)
+    if GATED:
+        if begun:
+            toward, fresh = afresh(
+                key, value, strength, w, g, g_t, size, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
+            )
+            to_weight += fresh * dot(up, tl.trans(toward), PRECISION)
     back = wt * dot(hm, tl.trans(up), PRECISION)
     crossed = tl.zeros((BT, BK), tl.float32)
     p = crossed
@@ -168,6 +193,14 @@ def measure(
             less = less * (1 - off) + b[:, None] * along * off
         else:
             square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
+        if GATED:
+            if begun:
+                toward, fresh = afresh(
+                    key, value, strength, w, g, g_t, size, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
+                )
+                more, _, _, met_first = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
+                square = tl.maximum(square + more, fresh * fresh * met_first * met_first)
+                turned -= 2 * fresh * met_first
         over = inverse(tl.sqrt(square))
         weight = query * over
         out = scale * over * to_weight
@@ -206,6 +239,33 @@ def measure(
         put(held_to + to, (-along * weight).to(held_to.dtype.element_ty), at, i, heads * K, size, K)
     else:
         put(held_to + to, ((b[:, None] - along) * weight).to(held_to.dtype.element_ty), at, i, heads * K, size, K)
+    if GATED:
+        of_first = tl.zeros((BT,), tl.float32)
+        if begun:
+            toward, fresh = afresh(
+                key, value, strength, w, g, g_t, size, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
+            )
+            more, p_first, crossed_first, met_first = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
+            live = 1 - emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
+            ones = squares(toward.to(tl.float32))[None, :]
+            d_fresh = weight * dot(up, tl.trans(toward), PRECISION)
+            d_fresh += 2 * to_square * (crossed_first - along * met_first + fresh * ones)
+            d_crossed_first = 2 * fresh * to_square
+            m = dot(wt, d_crossed_first, PRECISION)
+            de = live * (de + m * p_first)
+            dp = m * e
+            if resumed:
+                dp += dot(wt, d_crossed, PRECISION) * e
+            put(dp_to + to, dp.to(dp_to.dtype.element_ty), at, i, heads * K, size, K)
+            tl.store(turned_to + (row * heads + h) * K + i, tl.sum(-2 * to_square * fresh * along, 0), mask=i < K)
+            moved = w * dot(d_fresh, tl.trans(1 - live), PRECISION)
+            moved += w * dot(d_crossed_first, et * dot(toward, ht, PRECISION), PRECISION)
+            of_first = of_decays(moved, of_first, at, size, PRECISION)
+            if not READ_NORM:  # the token that empties a slot reads its write, and none reads it later
+                z = key.to(tl.float32) - a if OBJECTIVE == ENCODING else key.to(tl.float32)
+                own = tl.sum(hm.to(tl.float32) * up.to(tl.float32), 1)[:, None]
+                de += (1 - live) * (own * weight + d_along * a)
+                da += (1 - live) * d_along * strength * z
     if OBJECTIVE == ENCODING:
         da -= strength * de
     put(weight_to + to, weight.to(weight_to.dtype.element_ty), at, i, heads * K, size, K)
@@ -227,18 +287,15 @@ def measure(
             level += 2 * tl.sum(to_square * less, 1)
             if resumed:
                 moved += w * dot(d_crossed, et * dot(s, ht, PRECISION), PRECISION)
-        later = tl.where(at[:, None] > at[None, :], moved, 0.0)
-        before = dot(later, tl.where(at[:, None] < at[None, :], 1.0, 0.0), PRECISION) + level[:, None]
-        inside = (at[:, None] >= at[None, :]) & (at < size)[:, None]
-        total = tl.sum(tl.where(inside, before, 0.0), 0)
+        total = of_first + of_decays(moved, level, at, size, PRECISION)
         tl.store(dg + (batch * tokens + first + at) * heads + h, total, mask=at < size)
 
 
 @triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
 def absorb(
     k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, dy, dy_b, dy_t, dy_h,
-    pieces, slots, running, weight_from, held_from, da_from, f_from, dp_from, moments, dh_to, dslots, drunning,
-    tokens, heads, group,
+    first_slots, pieces, slots, running, again, weight_from, held_from, da_from, f_from, dp_from, moments, turned_from,
+    dh_to, dslots, drunning, tokens, heads, group,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
@@ -270,6 +327,13 @@ def absorb(
         e = (strength * (key.to(tl.float32) - dot(hm, tl.trans(phi), PRECISION))).to(OPERAND)
     else:
         e = (strength * key.to(tl.float32)).to(OPERAND)
+    if GATED:
+        begun = tl.load(again + row * heads + h) > 0
+        full = e
+        if begun:
+            live = 1 - emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
+            e = (e.to(tl.float32) * live).to(OPERAND)
+            et *= tl.trans(live)
     to = ((batch * tokens + first) * heads + h) * K
     weight = tile(weight_from + to, at, i, heads * K, size, K)
     da = tile(da_from + to, at, i, heads * K, size, K)
@@ -288,6 +352,8 @@ def absorb(
         if READ_NORM:
             s = slab(running + from_s, i, j, K, V)
             dp = tile(dp_from + to, at, i, heads * K, size, K)
+            if GATED:  # behind a reset dp belongs to first directions
+                dp = tl.where((b > 0)[:, None], dp, tl.zeros_like(dp))
             dh += dot(dp, s.to(OPERAND), PRECISION)
             ds += dot(tl.trans(dp), hm, PRECISION)
             sums = moments + ((row if CUT else n) * heads + h) * 3 * K + i
@@ -297,6 +363,19 @@ def absorb(
             ds += 2 * of_s * s.to(tl.float32) + of_both * phi.to(tl.float32)
             dphi += 2 * of_phi * phi.to(tl.float32) + of_both * s.to(tl.float32)
         put_slab(drunning + from_s, ds, i, j, K, V)
+    if GATED:
+        if begun:
+            if READ_NORM:
+                toward = slab(first_slots, i, j, K, V)
+                dp = tile(dp_from + to, at, i, heads * K, size, K)
+                dp = tl.where((b > 0)[:, None], tl.zeros_like(dp), dp)
+                dh += dot(dp, toward.to(OPERAND), PRECISION)
+                turned = tl.load(turned_from + (row * heads + h) * K + i, mask=i < K, other=0)
+                dphi += turned[:, None] * toward
+            else:
+                void = emptied(key, value, strength, g, g_t, size, OBJECTIVE)
+                own = tl.where(void, full.to(tl.float32) * weight.to(tl.float32), 0.0)
+                dh += tl.sum(own, 1)[:, None] * up.to(tl.float32)
     if OBJECTIVE == DECODING:
         dphi -= dot(tl.trans(key), dh.to(OPERAND), PRECISION)
     put_slab(dslots + (row * heads + h) * K * V, dphi, i, j, K, V)
@@ -315,8 +394,8 @@ def piece_start(t, phase, every, CHUNK: tl.constexpr, LONGEST: tl.constexpr, MAR
 @triton.jit(do_not_specialize=["beta_b", "g_b", "phase_n", "tokens", "every"])
 def retreat(
     k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
-    start, start_n, start_h, start_k, now, now_n, now_h, now_k, phase, phase_n, offsets, marks,
-    slots, running, ends, dslots, drunning, dlast_start, dlast_now, dmarked_start, dmarked_now,
+    start, start_n, start_h, start_k, now, now_n, now_h, now_k, phase, phase_n, offsets, first_slots, marks,
+    slots, running, ends, again, dslots, drunning, dlast_start, dlast_now, dmarked_start, dmarked_now,
     dstart, dnow, tokens, every, heads, group,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     CHUNK: tl.constexpr, LONGEST: tl.constexpr, OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr,
@@ -383,12 +462,20 @@ def retreat(
             last = behind if CUT else (tl.num_programs(0) // heads + n.to(tl.int64)) * heads + h
             ended = tl.where((rho > 0)[:, None], slab(running + last * K * V, i, j, K, V), 0.0)
         delta = tl.sum(ds * phi, 1)[:, None]
+        key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
+        strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
+        live = tl.full((BT, BK), 1.0, tl.float32)
+        if GATED:
+            if tl.load(again + row) > 0:
+                value = tile(v + wide * v_t, at, j, v_t, t - begin, V)
+                void = emptied(key, value, strength, g + wide * g_t, g_t, t - begin, OBJECTIVE)
+                ended -= tl.sum(tl.where(void, w[:, None], 0.0), 0)[:, None] * slab(first_slots, i, j, K, V)
+                live = tl.where(void, 0.0, 1.0)
         u = tl.where((most > 0)[:, None], ended - b * s + a[:, None] * phi, 0.0)  # no rounding where nothing is written
         du = ds - delta * phi
         dphi += slab(dslots + row * K * V, i, j, K, V) - a[:, None] * ds - delta * u
         put_slab(dslots + row * K * V, ds, i, j, K, V)
-        key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
-        strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
+        strength *= live
         if OBJECTIVE == DECODING:
             e = (strength * w[:, None] * key.to(tl.float32)).to(OPERAND)
             dh = dot(e, du.to(OPERAND), PRECISION)
@@ -412,7 +499,7 @@ def retreat(
 def collect(
     k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     dk, dk_b, dk_t, dk_h, dv, dv_b, dv_t, dv_h, dbeta, dbeta_b, dbeta_t, dbeta_h, dlog,
-    pieces, slots, running, dslots, de_from, dh_from, dg, tokens, heads, group,
+    first_slots, pieces, slots, running, again, dslots, de_from, dh_from, dg, tokens, heads, group,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DIGITS: tl.constexpr,
@@ -447,9 +534,17 @@ def collect(
     exact: tl.constexpr = tl.float32 if GATED else OPERAND  # as in ``measure``
     du = d - tl.sum(d * wide, 1)[:, None] * wide
     through = w[:, None] * dot(hm.to(exact), tl.trans(du.to(exact)), DIGITS)
+    e = strength * z
+    if GATED:
+        own = tl.zeros((BT,), tl.float32)
+        if tl.load(again + row * heads + h) > 0:
+            void = emptied(key, value, strength, g, g_t, size, OBJECTIVE)
+            through = tl.where(void, 0.0, through)
+            e = tl.where(void, 0.0, e)
+            of_first = tl.sum(d * slab(first_slots, i, j, K, V), 1)
+            own = w * tl.sum(tl.where(void, of_first[None, :], 0.0), 1)
     to = (batch * tokens + first) * heads + h
     de = through + tile(de_from + to * K, at, i, heads * K, size, K)
-    e = strength * z
     dh = dot((w[:, None] * e).to(OPERAND), du.to(OPERAND), PRECISION)
     dh += tile(dh_from + to * V, at, j, heads * V, size, V)
     dkey = strength * de
@@ -468,7 +563,7 @@ def collect(
         s = wide
         if tl.load(pieces + row * 4 + 3) != 0:
             s = slab(running + ((row if CUT else n) * heads + h) * K * V, i, j, K, V)
-        each = tl.sum(e * through, 1)
+        each = own + tl.sum(e * through, 1)
         moved = tl.sum(tl.where(at[:, None] < at[None, :], each[:, None], 0.0), 0) + b * tl.sum(d * s)
         moved += tl.load(dg + (to + at * heads), mask=at < size, other=0)
         moved = tl.where(tl.exp(logs(g, at, g_t, size)) > 0, moved, 0.0)
@@ -497,7 +592,8 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     de, dh, dg = tokens(s.K, torch.float32), tokens(s.V, torch.float32), tokens(1, torch.float32)
     moments = torch.empty((found.running.shape[0], s.H, 3, s.K), dtype=torch.float32, device=device)
     dslots, drunning = torch.empty_like(found.slots), torch.empty_like(found.running)
-    states = (found.pieces, found.slots, found.running)
+    states = (found.pieces, found.slots, found.running, found.again)
+    turned = torch.empty((shape.rows, s.H, s.K), dtype=torch.float32, device=device) if gated(problem) else None
     rough = common["GATED"] and kind is torch.bfloat16
     digits = {"DIGITS": "tf32x3" if rough else common["PRECISION"]}
     measure[grid](
@@ -505,14 +601,15 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
         *place(dy, 0, 1, 2),
         *place(dq, 0, 1, 2),
         directions(problem, device),
-        *(*states, weight, held, da, f, dp, de, moments, dg),
+        *(*states, weight, held, da, f, dp, de, moments, turned, dg),
         *(s.T, s.H, s.H // s.G, problem.option["scale"]),
         **(reads | digits),
     )
     absorb[grid](
         *inputs(x)[4:],
         *place(dy, 0, 1, 2),
-        *(*states, weight, held, da, f, dp, moments, dh, dslots, drunning),
+        directions(problem, device),
+        *(*states, weight, held, da, f, dp, moments, turned, dh, dslots, drunning),
         *(s.T, s.H, s.H // s.G),
         **reads,
     )
@@ -524,6 +621,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
         *place(dx["v"], 0, 1, 2),
         *place(dbeta, 0, 1, 2),
         dx.get("log_decay"),
+        directions(problem, device),
         *(*states, dslots, de, dh, dg),
         *(s.T, s.H, s.H // s.G),
         **(common | digits),
@@ -557,8 +655,8 @@ def _retreat(
         *place(dense(x["initial.start"]), 0, 1, 2),
         *place(dense(x["initial.now"]), 0, 1, 2),
         *place(x["initial.phase"], 0),
-        *(offsets, first_marks(problem, offsets)),
-        *(found.slots, found.running, found.ends, dslots, drunning),
+        *(offsets, directions(problem, found.slots.device), first_marks(problem, offsets)),
+        *(found.slots, found.running, found.ends, found.again, dslots, drunning),
         *(given(name) for name in ("final.start", "final.now", "checkpoint.start", "checkpoint.now")),
         *(wanted(dx, x, "initial.start"), wanted(dx, x, "initial.now")),
         *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G),

@@ -11,7 +11,8 @@ piece's first running slots S (Φ itself at a chunk's start), with b, W counted 
     Y = scale · ((b∘Q')S − (α∘Q')Φ + (W∘(Q'Eᵀ))Hm)           Q' = Q/ρ, or Q without ``read_norm``
 
 ``ρ²`` stays above the square of what is left of φ in S̃: N and α² cancel where a value points along a slot. Every
-exponent is a sum of log decays of its own, so a reset (−∞) makes no NaN.
+exponent is a sum of log decays of its own, so a reset (−∞) makes no NaN. A slot that a reset empties, as its write is
+zero, goes on as its first direction τ: ``f_ti τ_i`` joins S̃, with f_ti = W_tr of the token r that emptied it.
 
 Two launches. ``chain`` walks the pieces of a head and leaves Φ (and S where it is not Φ) of each in scratch. It needs
 neither A nor the norms of the inside: with ``U = (w∘E)ᵀHm``, w the last row of W, ``α_i = ⟨φ_i, u_i⟩``, and a chunk
@@ -112,6 +113,19 @@ def to_end(g, rows, stride, size, GATED: tl.constexpr):
 
 
 @triton.jit
+def emptied(key, value, beta, g, stride, size, OBJECTIVE: tl.constexpr):
+    """Where a reset meets a write of zero before the piece's last token: the slot goes on as its first direction."""
+    at = tl.arange(0, key.shape[0])
+    gone = (tl.exp(logs(g, at, stride, size)) == 0) & (at < size - 1)
+    void = gone[:, None] & (beta == 0) & (key == key)
+    if OBJECTIVE != ENCODING:
+        void |= gone[:, None] & (key == 0)
+    if OBJECTIVE != DECODING:
+        void |= (gone & (tl.max(tl.abs(value), 1) == 0))[:, None]
+    return void
+
+
+@triton.jit
 def fetch(
     t, end, k, k_t, v, v_t, beta, beta_t,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PER_SLOT: tl.constexpr,
@@ -128,7 +142,7 @@ def fetch(
 
 @triton.jit
 def turn(
-    key, value, strength, phi, s, g, g_t, size, first_slots, ends,
+    key, value, strength, phi, s, g, g_t, size, first_slots, ends, again,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     OBJECTIVE: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -141,6 +155,11 @@ def turn(
         w, b = to_end(g, at, g_t, size, GATED)
         et *= w[None, :]
         s *= b
+        void = emptied(key, value, strength, g, g_t, size, OBJECTIVE) & (i < K)[None, :]
+        begun = tl.max(void.to(tl.int32))
+        tl.store(again, begun)
+        if begun > 0:
+            s += tl.sum(tl.where(void, w[:, None], 0.0), 0)[:, None] * slab(first_slots, i, j, K, V)
     u = dot(et.to(key.dtype), hm, PRECISION)
     a = tl.sum(phi * u, 1)
     s += u - a[:, None] * phi
@@ -180,7 +199,7 @@ def note(
 def chain(
     k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     start, start_n, start_h, start_k, now, now_n, now_h, now_k, phase, phase_n, offsets, first_slots, marks,
-    pieces, slots, running, ends, last_start, last_now, last_phase, marked_start, marked_now, marked_phase,
+    pieces, slots, running, ends, again, last_start, last_now, last_phase, marked_start, marked_now, marked_phase,
     tokens, every, heads, group,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     CHUNK: tl.constexpr, LONGEST: tl.constexpr, OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr,
@@ -235,6 +254,7 @@ def chain(
                 raw, unit, adopted = turn(
                     key, value, strength, phi, from_s, g + t.to(tl.int64) * g_t if GATED else g, g_t, end - t,
                     first_slots, ends + (row * heads + h) * 3 * K if KEEP else ends,
+                    again + row * heads + h if GATED else again,
                     K, V, BK, BV, BT, OBJECTIVE, GATED, KEEP, PRECISION,
                 )  # fmt: skip
                 done = (seen + end) % CHUNK == 0
@@ -283,10 +303,32 @@ def read_norms(e, gram, w, rows, PRECISION: tl.constexpr):
     return dot(w * w, e * (2 * x + own * e), PRECISION), own, x
 
 
+@triton.jit
+def afresh(
+    key, value, beta, w, g, stride, size, first_slots, dtype: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """First directions τ of slots, and f of every token: S̃ holds f∘τ since a slot was emptied."""
+    at = tl.arange(0, key.shape[0])
+    toward = slab(first_slots, tl.arange(0, key.shape[1]), tl.arange(0, BV), K, V).to(dtype)
+    void = emptied(key, value, beta, g, stride, size, OBJECTIVE).to(tl.float32)
+    return toward, dot(tl.where(at[:, None] > at[None, :], w, 0.0), void, PRECISION)
+
+
+@triton.jit
+def afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION: tl.constexpr):
+    """What f∘τ adds to ρ², Hm τᵀ, W(E∘Hm τᵀ) and ⟨φ,τ⟩."""
+    wide = toward.to(tl.float32)
+    p = dot(hm, tl.trans(toward), PRECISION)
+    crossed = dot(w, e * p, PRECISION)
+    met = tl.sum(phi.to(tl.float32) * wide, 1)[None, :]
+    return fresh * (fresh * squares(wide)[None, :] + 2 * (crossed - along * met)), p, crossed, met
+
+
 @triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
 def read(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
-    first_slots, pieces, slots, running, y, tokens, heads, group, scale,
+    first_slots, pieces, slots, running, again, y, tokens, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -311,12 +353,19 @@ def read(
     beta = strengths(beta + batch * beta_b + first * beta_t + h * beta_h, at, i, beta_t, size, K, PER_SLOT)
     phi = slab(slots + (row * heads + h) * K * V, i, j, K, V).to(operand)
     from_s = running + ((row if CUT else n) * heads + h) * K * V
-    w, b = decays(g + batch * g_b + first * g_t + h * g_h if GATED else g, at, g_t, size, BT, GATED)
+    if GATED:
+        g += batch * g_b + first * g_t + h * g_h
+    w, b = decays(g, at, g_t, size, BT, GATED)
     hm, et = written(key, value, phi, beta, OBJECTIVE, PRECISION)
     a = dot(hm, tl.trans(phi), PRECISION)
-    e = beta * (key.to(tl.float32) - a) if OBJECTIVE == ENCODING else beta * key.to(tl.float32)
+    e = beta * key.to(tl.float32)
+    if OBJECTIVE == ENCODING:
+        # ρ must see the very E that is read: of a Z that nearly cancels, two roundings have little in common.
+        e = tl.trans(et) if PRECISION == "ieee" else beta * (key.to(tl.float32) - a)
     along = dot(w, a * e, PRECISION)
     weight = query.to(tl.float32) * scale
+    if GATED:
+        begun = tl.load(again + row * heads + h) > 0
     if READ_NORM:
         ht = transposed(key, value, phi, OBJECTIVE, PRECISION)
         square, _, _ = read_norms(e, dot(hm, ht, PRECISION), w, at, PRECISION)
@@ -333,6 +382,12 @@ def read(
             square = tl.maximum(square, least * least * inverse(unit))
         else:
             square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
+        if GATED and begun:
+            toward, fresh = afresh(
+                key, value, beta, w, g, g_t, size, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION
+            )
+            more, _, _, met = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
+            square = tl.maximum(square + more, fresh * fresh * met * met)
         weight *= inverse(tl.sqrt(square))
         empty = (square <= 0) & (i < K)[None, :]
     weights = w * dot(weight.to(operand), et.to(operand), PRECISION)
@@ -343,6 +398,9 @@ def read(
         out -= dot((along * weight).to(operand), phi, PRECISION)
     else:
         out += dot(((b[:, None] - along) * weight).to(operand), phi, PRECISION)
+    if GATED and begun:
+        toward, fresh = afresh(key, value, beta, w, g, g_t, size, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION)
+        out += dot((fresh * weight).to(operand), toward, PRECISION)
     if GATED and READ_NORM and tl.max(empty.to(tl.int32)) > 0:
         toward = slab(first_slots, i, j, K, V).to(operand)
         unread = tl.where(empty, query.to(tl.float32) * scale, 0.0)
@@ -425,6 +483,7 @@ class Walk:
     slots: Array
     running: Array
     ends: Array | None
+    again: Array | None
 
 
 def walk(problem: Problem, shape: Shape, config: Config, x: Arrays, out: Arrays, keep: bool) -> Walk:
@@ -440,6 +499,7 @@ def walk(problem: Problem, shape: Shape, config: Config, x: Arrays, out: Arrays,
         slots=empty(shape.rows, s.K, s.V, dtype=stored),
         running=empty(shape.rows if shape.cut else 2 * s.N if keep else s.N, s.K, s.V, dtype=stored),
         ends=empty(shape.rows, 3, s.K) if keep else None,
+        again=empty(shape.rows, dtype=torch.int32) if gated(problem) else None,
     )
     beta, first, now, phase = x["beta"], dense(x["initial.start"]), dense(x["initial.now"]), x["initial.phase"]
     chain[(s.N * s.H,)](
@@ -453,7 +513,7 @@ def walk(problem: Problem, shape: Shape, config: Config, x: Arrays, out: Arrays,
         x.get("offsets"),
         directions(problem, k.device),
         first_marks(problem, x.get("offsets")),
-        *(found.pieces, found.slots, found.running, found.ends),
+        *(found.pieces, found.slots, found.running, found.ends, found.again),
         *(out.get(f"final.{name}") for name in ("start", "now", "phase")),
         *(out.get(f"checkpoint.{name}") for name in ("start", "now", "phase")),
         *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G),

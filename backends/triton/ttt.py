@@ -25,13 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-from mixers.backend import Config, Support
+from mixers.backend import Config, Pool, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from .blocks import span
 from .kernel import TritonKernel, blank_unused, dense, first_marks, place
 from .ttt_backward import backward
+from .ttt_decode import decode
 from .ttt_rows import (
     SHORTEST,
     Layout,
@@ -42,6 +43,7 @@ from .ttt_rows import (
     cut,
     earlier,
     first_slot,
+    inner_gradient,
     last_rate,
     load_affine,
     load_rate,
@@ -74,16 +76,15 @@ def _deposit(sums, bias_sums, carried, k, stride, rest, i, rows, target, target_
 
 
 @triton.jit
-def _write(z, squared, pull, beta, d, WIDTH: tl.constexpr, D: tl.constexpr):
-    """E, x̂ and 1/std from Z; ``squared`` is w∘w and ``pull`` w∘(w_b − (V − K))."""
-    x, inverse = standardise(z, d, WIDTH, D)
-    h = squared[None, :] * x + pull
-    mean = tl.sum(h, 1) * (1.0 / WIDTH)
-    slope = tl.sum(h * x, 1) * (1.0 / WIDTH)
-    write = (h - mean[:, None] - x * slope[:, None]) * (beta * inverse)[:, None]
-    if WIDTH < D:
-        write = tl.where((d < WIDTH)[None, :], write, 0.0)
-    return write, x, inverse
+def _learn_from(state, rates, learned, tau, PRECISION: tl.constexpr):
+    """W or c behind a block.
+
+    In true float32 a block's sum is rounded to itself before it joins W, whose digits it may lack: in one accumulator
+    every token would be rounded to those of W. There the rates lack −τ, as Triton makes one accumulator of a plain sum.
+    """
+    if PRECISION == "ieee":
+        return state - tau * tl.dot(rates, learned, input_precision=PRECISION)
+    return tl.dot(rates, learned, state, input_precision=PRECISION)
 
 
 _LEARN_LENGTHS = ("tokens", "kb", "kt", "kh", "vb", "vt", "vh", "bb", "bt", "bh", "gh", "sh",
@@ -192,29 +193,29 @@ def learn(
         weigh = tl.dot(key, tl.trans(key), input_precision=PRECISION) + 1.0
         weigh = (weigh * earlier(mu, -tau)).to(OPERAND)
         pull = w[None, :] * (w_b[None, :] - (values.to(tl.float32) - keys.to(tl.float32)))
-        rate = tl.where(completed(mu, end, CHUNK), -tau, 0.0)
+        rate = tl.where(completed(mu, end, CHUNK), 1.0 if PRECISION == "ieee" else -tau, 0.0)
         batch = tl.zeros_like(place).to(tl.int32)
         while (batch + 1) * CHUNK < end:
-            write, x, inverse = _write(z, squared, pull, strengths, d, WIDTH, D)
+            write, x, inverse = inner_gradient(z, squared, pull, strengths, d, WIDTH, D)
             felt = tl.where((mu == batch)[None, :], weigh, 0.0)
             z = tl.dot(felt, write.to(OPERAND), z, input_precision=PRECISION)
             batch += 1
-        write, x, inverse = _write(z, squared, pull, strengths, d, WIDTH, D)
+        write, x, inverse = inner_gradient(z, squared, pull, strengths, d, WIDTH, D)
 
         token = out + t * heads
         learned = write.to(OPERAND)
         ones = (tl.zeros((ROWS, ROWS), tl.float32) + rate[None, :]).to(OPERAND)
-        bias = tl.dot(ones, learned, bias, input_precision=PRECISION)
+        bias = _learn_from(bias, ones, learned, tau, PRECISION)
         if RESIDENT:
             key = (keys.to(tl.float32) * rate[:, None]).to(OPERAND)
-            weight = tl.dot(tl.trans(key), learned, weight, input_precision=PRECISION)
+            weight = _learn_from(weight, tl.trans(key), learned, tau, PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
                 part = load_tile(k + t * kt, kt, i, s, rows, WIDTH).to(tl.float32)
                 part = (part * rate[:, None]).to(OPERAND)
                 tile = load_tile(work, WIDTH, s, d, WIDTH, WIDTH)
-                tile = tl.dot(tl.trans(part), learned, tile, input_precision=PRECISION)
+                tile = _learn_from(tile, tl.trans(part), learned, tau, PRECISION)
                 if carried & (end >= CHUNK):
                     tile -= tau * load_tile(sums, WIDTH, s, d, WIDTH, WIDTH)
                 store_tile(work, WIDTH, s, d, WIDTH, tile, WIDTH)
@@ -387,6 +388,7 @@ class TTTChunk(TritonKernel):
     name = "ttt.chunk"
     form = "chunk"
     mixers = frozenset({"ttt_linear"})
+    in_place = True
 
     def takes(self, problem: Problem) -> Support:
         """Everything."""
@@ -406,6 +408,10 @@ class TTTChunk(TritonKernel):
         blank_unused(problem, out)
         at = Layout.of(problem, config, x, adjoint=False)
         _run_read(problem, at, x, _run_learn(problem, at, x, out), out["y"])
+
+    def decode(self, problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
+        """Fill ``y``, and the pool in place."""
+        decode(problem, x, pool, y)
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill the gradients of inputs, parameters and first state."""

@@ -194,6 +194,19 @@ def standardise(z, d, WIDTH: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def inner_gradient(z, squared, pull, beta, d, WIDTH: tl.constexpr, D: tl.constexpr):
+    """E, x̂ and 1/std from Z; ``squared`` is w∘w and ``pull`` w∘(w_b − (V − K))."""
+    x, inverse = standardise(z, d, WIDTH, D)
+    h = squared[None, :] * x + pull
+    mean = tl.sum(h, 1) * (1.0 / WIDTH)
+    slope = tl.sum(h * x, 1) * (1.0 / WIDTH)
+    write = (h - mean[:, None] - x * slope[:, None]) * (beta * inverse)[:, None]
+    if WIDTH < D:
+        write = tl.where((d < WIDTH)[None, :], write, 0.0)
+    return write, x, inverse
+
+
+@triton.jit
 def project(p, x, d, WIDTH: tl.constexpr, D: tl.constexpr):
     """``P ⟂ x̂``, row by row."""
     p = p - (tl.sum(p, 1) * (1.0 / WIDTH))[:, None] - x * (tl.sum(p * x, 1) * (1.0 / WIDTH))[:, None]

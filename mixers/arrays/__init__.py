@@ -94,6 +94,9 @@ class Library(Protocol):
     def prepare(self, mixer: "Mixer") -> None:
         """Define what must exist before a call of the mixer is traced."""
 
+    def again(self, mixer: "Mixer", x: Arrays, state: bool, checkpoint_every: int | None) -> "Result | None":
+        """The result of a call like one that was seen before; None where the long way must be gone."""
+
     def run(self, mixer: "Mixer", call: "Call") -> Arrays:
         """Run a call, differentiably where the library has autodiff; arrays named as in ``mixers.problem``."""
 
@@ -107,7 +110,7 @@ def library_of(array: Any, name: str) -> Library:
     """The library that an array belongs to.
 
     Raises:
-        TypeError: it is no array of NumPy, torch or JAX.
+        TypeError: it is no array of NumPy, torch or JAX, and has no memory on a GPU to show.
     """
     kind = type(array)
     found = _known.get(kind)
@@ -122,8 +125,15 @@ def _recognise(array: Any, name: str) -> Library:
         if module is not None and isinstance(array, tuple(getattr(module, t) for t in types)):
             chosen: Library = importlib.import_module(f"mixers.arrays.{library}").library
             return chosen
+    if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__dlpack_device__"):
+        cuda = importlib.import_module("mixers.arrays.cuda")
+        if cuda.is_cuda_array(array):
+            others: Library = cuda.library_for(cuda.package_of(array))
+            return others
     got = f"{type(array).__module__}.{type(array).__qualname__}"
-    raise TypeError(f"{name} is a {got}; expected an array of NumPy, torch or JAX")
+    raise TypeError(
+        f"{name} is a {got}; expected an array of NumPy, torch or JAX, or one of a GPU with __cuda_array_interface__"
+    )
 
 
 def prepare(mixer: "Mixer") -> None:

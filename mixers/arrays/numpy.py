@@ -139,6 +139,10 @@ class NumPy:
     def prepare(self, mixer: Mixer) -> None:
         """Nothing to define."""
 
+    def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
+        """The long way; ``Mixer.bind`` is the short one."""
+        return None
+
     def run(self, mixer: Mixer, call: Call) -> Arrays:
         """Forward."""
         problem, x = prepare(call)

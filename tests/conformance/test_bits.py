@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from mixers import check
+from mixers.arrays.evaluate import dtypes
 from mixers.arrays.numpy import prepare, run_backward, run_forward
 from mixers.call import validate
 from mixers.cases import Setting, draw, seeds, settings
 from mixers.check import Case
+from mixers.check.pinned import Pinned
 from mixers.problem import Flags
 
 
@@ -87,7 +88,7 @@ def test_every_element_is_written(kernel_subject, packed: bool) -> None:
     for case in taken(subject, packed):
         setting, options = case.setting, case.setting.resolved
         x = draw(setting, "float32")
-        held = check.dtypes(subject.spec, options, case.dtype)
+        held = dtypes(subject.spec, options, case.dtype)
         arrays = {n: a if n == "offsets" else a.astype(held[n]) for n, a in x.items()}
         offsets = arrays.pop("offsets", None)
         state = tuple(arrays.pop(n) for n in list(arrays) if n.startswith("initial."))
@@ -95,7 +96,7 @@ def test_every_element_is_written(kernel_subject, packed: bool) -> None:
         flags = Flags(grad=True, checkpoint_every=setting.checkpoint_every)
         call = validate(subject.spec, options, dict(arrays), given, offsets, flags)
         problem, host = prepare(call)
-        plan = check.Pinned(subject.spec, subject.backend, subject.kernel, dict(setting.options)).plan(problem)
+        plan = Pinned(subject.spec, subject.backend, subject.kernel, dict(setting.options)).plan(problem)
 
         # What the library allocates, it allocates with np.empty: here, full of what must not stay. Once before without:
         # a kernel that compiles meanwhile would take the poisoned function for NumPy's.

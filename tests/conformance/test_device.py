@@ -150,9 +150,9 @@ def compiled(backend: str) -> int:
         seen |= {id(value): value for value in vars(module).values()}
     count = 0
     for value in seen.values():
-        caches = getattr(value, "device_caches", None)
-        functions = getattr(value, "functions", None)
-        count += sum(len(cache[0]) for cache in caches.values()) if caches else len(functions or ())
+        caches, functions = getattr(value, "device_caches", None), getattr(value, "functions", None)
+        count += sum(len(cache[0]) for cache in caches.values()) if caches else 0
+        count += len(functions) if isinstance(functions, dict) else 0
     return count
 
 

@@ -10,9 +10,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mixers import check
+from mixers.arrays.evaluate import evaluate
 from mixers.cases import Named, Setting, draw, generator, long_setting, seeds
-from mixers.check import Case, Verdict, compare, kernels
+from mixers.check import Case, kernels
+from mixers.check.truth import DIFFERENCE_TOLERANCE
+from mixers.check.verdict import Verdict, compare
 from mixers.mixer import Mixer
 from mixers.spec import MixerSpec
 
@@ -49,12 +51,12 @@ def reference_of(case: Case, x: Named) -> Named:
     """
     reference = Mixer(case.setting.spec, "reference", dict(case.setting.options))
     if case.setting.spec.reserve is None:
-        return check.evaluate(reference, x, "float64")[0]
+        return evaluate(reference, x, "float64")[0]
     timed = {arg.name for arg in case.setting.spec.inputs}
     front = {n: a[:, :-TAIL] if n in timed else a for n, a in x.items()}
     state = {n.replace("final.", "initial."): a for n, a in case.evaluate(front, None)[0].items() if n != "y"}
     back = {n: a[:, -TAIL:] if n in timed else a for n, a in x.items()} | state
-    return check.evaluate(reference, back, "float64")[0]
+    return evaluate(reference, back, "float64")[0]
 
 
 def tail(x: Named, truth: Named) -> Named:
@@ -110,5 +112,5 @@ def along_everything(case: Case, x: Named, dout: Named, gradients: Named) -> Ver
     expected = (8 * (value(1) - value(-1)) - (value(2) - value(-2))) / (12 * step)
     got = sum(float(np.sum(gradients[n] * directions[n])) for n in gradients)
     norm = float(np.sqrt(sum(np.sum((gradients[n] * directions[n]) ** 2) for n in gradients)))
-    ratio = abs(got - expected) / (check.DIFFERENCE_TOLERANCE * norm) if np.isfinite(got) else float("inf")
+    ratio = abs(got - expected) / (DIFFERENCE_TOLERANCE * norm) if np.isfinite(got) else float("inf")
     return Verdict(ratio, f"along a direction: {got:.10g}, expected {expected:.10g}, norm {norm:.3g}")

@@ -1,0 +1,144 @@
+"""Candidates compiled ahead of their measurement, in several processes at once that see no GPU.
+
+    python -m mixers.autotune.ahead CAPABILITY      one JSON object a line in, one line out
+
+A backend that can do so has ``compile_only(capability)``; what it launches is then compiled into its own cache.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from mixers.autotune.device import Device
+from mixers.autotune.guard import small_problem
+from mixers.autotune.key import BACKWARD, FORWARD, from_json, to_json
+
+from mixers.backend import Config, installed
+from mixers.problem import Problem
+
+# Seconds that one candidate may take to compile.
+PATIENCE = 120.0
+PROCESSES = 16
+
+
+class Ahead:
+    """Processes that compile, while the block lasts; none where no backend of the device compiles ahead."""
+
+    def __init__(self, device: Device) -> None:
+        capability = next((word[3:] for word in device.detail if word.startswith("sm_")), "")
+        self._able = {n for n, b in installed().items() if hasattr(b, "compile_only")} if capability else set()
+        self._capability = capability
+        self._pool: ThreadPoolExecutor | None = None
+        self._idle: list[subprocess.Popen[str]] = []
+        self._all: list[subprocess.Popen[str]] = []
+        self._jobs: dict[tuple[Any, ...], Future[None]] = {}
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._all:
+            process.kill()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        for process in self._all:
+            process.wait()
+
+    def start(self, problem: Problem, part: str, candidates: Iterable[tuple[str, Config]]) -> None:
+        """Let candidates be compiled: what is measured first, then what the guard will run, which is other code."""
+        todo = [(n, c) for n, c in candidates if n.partition("/")[0] in self._able]
+        self._submit(problem, part, todo)
+        for way in (FORWARD, BACKWARD) if part == FORWARD and todo else (BACKWARD,):
+            self._submit(small_problem(problem), way, todo)
+
+    def _submit(self, problem: Problem, part: str, candidates: list[tuple[str, Config]]) -> None:
+        for name, config in candidates:
+            if (job := _job(problem, part, name, config)) in self._jobs:
+                continue
+            words = {"problem": to_json(problem), "part": part, "name": name, "config": dict(config)}
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(min(PROCESSES, max(1, (os.cpu_count() or 2) - 1)))
+            self._jobs[job] = self._pool.submit(self._compile, words)
+
+    def wait(self, problem: Problem, part: str, name: str, config: Config) -> None:
+        """Until a candidate is compiled; where that failed, its measurement will tell why."""
+        job = self._jobs.get(_job(problem, part, name, config))
+        if job is not None:
+            job.exception(PATIENCE)
+
+    def _compile(self, job: dict[str, Any]) -> None:
+        process = self._idle.pop() if self._idle else self._process()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        if process.stdout.readline():  # one that died is not asked again
+            self._idle.append(process)
+
+    def _process(self) -> "subprocess.Popen[str]":
+        path = os.pathsep.join([p or os.getcwd() for p in sys.path])
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mixers.autotune.ahead", self._capability],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        self._all.append(process)
+        return process
+
+
+def _job(problem: Problem, part: str, name: str, config: Config) -> tuple[Any, ...]:
+    return problem, problem.sizes, part, name, tuple(sorted(config.items()))
+
+
+def compile_candidate(job: dict[str, Any]) -> None:
+    """Launch a pass on tensors that hold nothing, in a process where launching is compiling."""
+    import torch
+
+    problem: Problem = from_json(job["problem"])
+    backend, _, name = job["name"].partition("/")
+    kernel = next(k for k in installed()[backend].kernels() if k.name == name)
+    spec, sizes = problem.spec, problem.sizes
+    wide = "float64" if problem.dtype == "float64" else "float32"
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Any:
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+
+    axes = {n: " ".join(spec.arg(n).layouts[0]) for n in ("q", "k", "v")} | dict(problem.layouts)
+    x: dict[str, Any] = {n: empty(sizes.shape(a), problem.dtype if n in "qkv" else wide) for n, a in axes.items()}
+    x |= {f"initial.{f.name}": empty((sizes.N, *first.shape), "int32" if f.counter else wide)
+          for f, first in zip(spec.state(problem.option).fields, spec.first(sizes, problem.option), strict=True)
+          }  # fmt: skip
+    x["offsets"] = torch.linspace(0, sizes.T, sizes.N + 1).long() if problem.packed else None
+    out = {n: empty(s, d) for n, (s, d) in problem.outputs().items() if not n.startswith("kept.")}
+    if job["part"] != BACKWARD:
+        kernel.forward(problem, job["config"], x, out)
+        return
+    dx = {n: torch.empty_like(t) for n, t in x.items() if t is not None and t.is_floating_point()}
+    dout = {n: t if t.is_floating_point() else None for n, t in out.items()}
+    kernel.backward(problem, job["config"], x, out, dout, dx)
+
+
+def main() -> None:
+    """Compile one job after another; what goes wrong shows when it is measured."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for backend in installed().values():
+        if hasattr(backend, "compile_only"):
+            backend.compile_only(int(sys.argv[1]))
+    for line in sys.stdin:
+        try:
+            compile_candidate(json.loads(line))
+            answers.write("compiled\n")
+        except Exception as error:
+            answers.write(f"{type(error).__name__}\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Does every kernel compute what its mixer's specification says? The laws, as cases that can run anywhere.
+
+for case in cases("numba"):
+    verdict = case.run()    # true where the law holds; verdict.reason says by how much
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mixers.arrays import library_of
+from mixers.arrays.evaluate import dtypes
+from mixers.backend import Kernel, Support, installed
+from mixers.call import Call
+from mixers.cases import Setting, hard_settings, settings
+from mixers.problem import Flags
+from mixers.registry import get_spec, names
+from mixers.spec import MixerSpec
+
+from .laws import LAWS, Case
+from .truth import autodiff
+
+__all__ = ["DEVICES", "LAWS", "Case", "cases", "fitted", "kernels", "own_dtypes", "own_library", "supported"]
+
+DEVICES = ("cpu", "cuda")
+
+
+def kernels(backend: str, mixer: str) -> tuple[Kernel | None, ...]:
+    """A backend's kernels of a mixer; the reference is None."""
+    if backend == "reference":
+        return (None,)
+    found = installed()[backend]
+    return tuple(k for k in found.kernels() if mixer in k.mixers) if found.status() else ()
+
+
+def supported(
+    setting: Setting, kernel: Kernel | None, dtype: str, library: str = "numpy", device: str = "cpu"
+) -> Support:
+    """Whether a kernel runs a call of a setting, with gradients."""
+    if kernel is None:
+        return Support.yes()
+    sizes, spec = setting.sizes(), setting.spec
+    held = dtypes(spec, setting.resolved, "float32")
+    x: dict[str, Any] = {name: np.zeros(sizes.shape(axes), held[name]) for name, axes in setting.arrays}
+    x["offsets"] = np.zeros(len(setting.lengths) + 1, np.int64) if setting.packed else None
+    flags = Flags(grad=True, checkpoint_every=setting.checkpoint_every)
+    call = Call(spec, setting.resolved, library_of(x["q"], "q"), x, sizes, flags)
+    return kernel.supports(dataclasses.replace(call.problem(), dtype=dtype, library=library, device=device))
+
+
+def own_library(kernel: Kernel | None) -> str:
+    """The library whose arrays a kernel is tried on; torch's where it takes any, for they have gradients."""
+    if kernel is None:
+        return "numpy"
+    if kernel.arrays == "any":
+        return autodiff() or "numpy"
+    return kernel.arrays
+
+
+def own_dtypes(kernel: Kernel | None) -> tuple[str, ...]:
+    """The dtypes in which a kernel computes: those of tensors have no float64, and multiply halves as they are."""
+    if own_library(kernel) == "numpy":
+        return ("float64", "float32")
+    return ("float32", "bfloat16", *(["float64"] if kernel and kernel.arrays == "any" else []))
+
+
+def cases(
+    backend: str, *, dtypes: tuple[str, ...] = (), mixers: tuple[str, ...] = (), library: str = ""
+) -> Iterator[Case]:
+    """Every law for every mixer and kernel of a backend.
+
+    Args:
+        backend: ``reference`` or the name of an installed one.
+        dtypes: of q, k and v; by default those in which a kernel computes.
+        mixers: their names; all by default.
+        library: whose arrays are passed; by default those that a kernel takes.
+    """
+    for name in mixers or names():
+        for kernel in kernels(backend, name):
+            for law in LAWS:
+                for setting in _settings_of(law, get_spec(name)):
+                    for dtype in dtypes or own_dtypes(kernel):
+                        arrays = library or own_library(kernel)
+                        case = fitted(Case(law, setting, backend, kernel, dtype, arrays))
+                        if case is not None:
+                            yield case
+
+
+def fitted(case: Case) -> Case | None:
+    """The case where its kernel runs, without checkpoints if it refuses them; None where it refuses all the same."""
+    plain = dataclasses.replace(case.setting, checkpoint_every=0)
+    for setting, device in itertools.product((case.setting, plain), DEVICES):
+        calls = [setting]
+        if case.law == "steps":
+            calls.append(dataclasses.replace(plain, lengths=(1,) * len(plain.lengths)))
+        if all(supported(call, case.kernel, case.dtype, case.library, device) for call in calls):
+            return dataclasses.replace(case, setting=setting, device=device)
+    return None
+
+
+@functools.cache
+def _settings_of(law: str, spec: MixerSpec) -> tuple[Setting, ...]:
+    """Where a law is checked: the first on all settings, the others on a few each."""
+    every = settings(spec)
+    if law == "truth":
+        return every
+    if law == "hard":
+        return hard_settings(spec)
+    if law == "packs":
+        return tuple(s for s in every if s.packed)[::2]
+    if law == "steps":
+        return tuple(s for s in every if not s.packed and 1 < s.lengths[0] < 40)[::2]
+    if law == "cuts":
+        return tuple(s for s in every if not s.packed and s.lengths[0] > 1)[::2]
+    return every[::4]

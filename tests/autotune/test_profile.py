@@ -1,0 +1,142 @@
+"""The file of a profile: nothing is lost, nothing breaks a program."""
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mixers.autotune import knowledge
+from mixers.autotune.profile import Entry, Profile, Trial, load, save, user_path
+from typer.testing import CliRunner
+
+from mixers.cli import app
+
+ENTRY = Entry(
+    key="lattice chunk_size=16 forward float32 host K=64 V=64 beta[BTH]",
+    heads=8,
+    device="a CPU, 2 cores",
+    stamp="0123abcd",
+    backend="auto",
+    kernel="numba/lattice.chunk",
+    config={"block": 8, "parts": 2},
+    candidates=3,
+    shape="B=1 T=1024 H=8 K=64 V=64",
+    seconds=0.00125,
+    runner_up="numba/lattice.chunk block=4 parts=2",
+    runner_up_seconds=0.0014,
+    default="numba/lattice.chunk block=4 parts=2",
+    default_seconds=0.0014,
+    error=0.25,
+    date="2026-11-21T12:00:00.000000Z",
+    versions={"numba": "0.68.1"},
+    trials=(Trial("cuda", {}, 0.0, reason="no driver | found"), Trial("numba/x", {"block": 4}, 0.001, 0.0014, 0.5)),
+)
+
+
+def test_an_entry_survives_its_text() -> None:
+    profile = Profile.of([ENTRY])
+    assert Profile.parse(profile.text()) == profile
+    assert profile.text().count("[") == profile.text().count("]")
+    assert 'kernel = "numba/lattice.chunk"' in profile.text()
+    assert 'config = "block=8 parts=2"' in profile.text()
+
+
+def test_the_newer_of_two_entries_stays() -> None:
+    newer = dataclasses.replace(ENTRY, kernel="numba/other", date="2026-12-01")
+    for entries in ([ENTRY, newer], [newer, ENTRY]):
+        assert Profile.of(entries).entries[ENTRY.id].kernel == "numba/other"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace("format = 1", "format = 2"),
+        lambda text: text.replace("heads = 8", 'heads = "many"'),
+        lambda text: text.replace("seconds", "minutes"),
+        lambda text: "\x00" + text,
+        lambda text: "entry = 3\nformat = 1",
+        lambda text: text.encode("utf-16").decode("latin-1"),
+    ],
+    ids=["truncated", "version", "kind", "field", "bytes", "shape", "encoding"],
+)
+def test_a_bad_file_is_set_aside_with_one_warning(
+    profile: Path, caplog: pytest.LogCaptureFixture, damage: object
+) -> None:
+    bad = damage(Profile.of([ENTRY]).text())  # type: ignore[operator]
+    profile.write_text(bad)
+    with caplog.at_level(logging.WARNING, "mixers"):
+        assert load(profile) == Profile()
+        assert load(profile) == Profile()
+    assert len(caplog.records) == 1
+    assert "set aside as profile.toml.bad" in caplog.text
+    assert (profile.parent / "profile.toml.bad").read_text() == bad
+    assert save(profile, [ENTRY])
+    assert load(profile) == Profile.of([ENTRY])
+
+
+def test_a_bad_file_that_is_written_to_is_set_aside_too(profile: Path) -> None:
+    for number in range(2):
+        profile.write_text("no profile")
+        assert save(profile, [ENTRY])
+        assert len(list(profile.parent.glob("*.bad"))) == number + 1
+        assert load(profile) == Profile.of([ENTRY])
+
+
+def test_eight_processes_lose_nothing(profile: Path) -> None:
+    """Each adds its own entries, several times."""
+    program = (
+        "import sys, dataclasses\n"
+        "from mixers.autotune.profile import Profile, save, user_path\n"
+        "(entry,) = Profile.parse(sys.argv[2]).entries.values()\n"
+        "for n in range(5): assert save(user_path(), [dataclasses.replace(entry, key=f'{sys.argv[1]} {n}')])"
+    )
+    text = Profile.of([ENTRY]).text()
+    running = [subprocess.Popen([sys.executable, "-c", program, str(n), text]) for n in range(8)]
+    assert [process.wait(120) for process in running] == [0] * 8
+    assert {e.key for e in load(profile).entries.values()} == {f"{p} {n}" for p in range(8) for n in range(5)}
+    assert not list(profile.parent.glob(".profile*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders cannot be made read-only here")
+def test_a_folder_that_cannot_be_written_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever runs this: a file stands where the folder should be, which even root cannot write to."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MIXERS_PROFILE", str(tmp_path / "file" / "profile.toml"))
+    knowledge.forget()
+    with caplog.at_level(logging.WARNING, "mixers"):
+        assert not save(user_path(), [ENTRY])
+        assert not save(user_path(), [ENTRY])
+        knowledge.learn([ENTRY])
+    assert "cannot be written" in caplog.text
+    assert len([r for r in caplog.records if "cannot be written" in r.message]) == 1
+    assert knowledge.user() == Profile.of([ENTRY])
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_commands_show_merge_and_export(profile: Path, tmp_path: Path) -> None:
+    other, target = tmp_path / "other.toml", tmp_path / "exported.toml"
+    other.write_text(Profile.of([ENTRY]).text())
+    code, text = run("profile", "merge", str(other))
+    assert (code, "1 entries merged" in text) == (0, True)
+    code, text = run("profile", "show")
+    assert code == 0
+    for word in ("lattice chunk_size=16 forward", "numba/lattice.chunk block=8 parts=2", "1.25", "2026-11-21"):
+        assert word in text
+    assert run("profile", "export", str(target))[0] == 0
+    assert Profile.parse(target.read_text()) == Profile.of([ENTRY])
+    assert run("profile", "export", str(target), "--ship")[0] == 0
+    (shipped,) = Profile.parse(target.read_text()).entries.values()
+    assert (shipped.device.startswith("generic "), shipped.trials, shipped.stamp) == (True, (), "")
+    other.write_text("nothing")
+    assert run("profile", "merge", str(other))[0] == 2
