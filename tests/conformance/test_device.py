@@ -89,7 +89,12 @@ def test_decode_is_a_call_on_the_pool(form, storage: str) -> None:
     for slot, (row, result) in ran.items():
         torch.testing.assert_close(y[row : row + 1], result.y)
         for part, expected in zip(pool, parts(result.state), strict=True):
-            torch.testing.assert_close(part[slot : slot + 1], expected)
+            # Another kernel than the call's may serve a pool: sums are as exact as their largest number.
+            slack = {
+                "rtol": 1.6e-2 if storage == "bfloat16" else 1.3e-6,
+                "atol": max(1e-5, 1e-6 * float(expected.abs().max())),
+            }
+            torch.testing.assert_close(part[slot : slot + 1], expected, **slack)
     assert not y[1].any()
     for part, old in zip(pool, before, strict=True):
         torch.testing.assert_close(part[2:], old[2:], rtol=0, atol=0)
