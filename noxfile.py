@@ -19,7 +19,8 @@ nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 PINS = ("-c", "constraints.txt")
 
 # What each session installs, and no more, so that a stray import of another library fails; and what it checks. torch
-# brings autodiff, so its session checks everything; XLA compiles seconds for a case, so few are checked with it.
+# brings autodiff, so its session checks everything; XLA compiles seconds for a case, so few are checked with it,
+# beside torch, whose gradients are the truth and whose layers have twins in JAX.
 # Triton's kernels run in its interpreter and those of CUDA in Numba's simulator, where a case takes seconds.
 # `--share n` takes every n-th case of the laws, another part for every kernel and dtype: `pytest tests` without it
 # takes them all, which lasts an hour.
@@ -27,15 +28,15 @@ LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
 SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "5000")
 SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "500")
 IN_XLA = (
-    *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_readme.py", "--backend", "jax"),
-    *("--share", "256", "--most", "20000", "-k", "test_jax or readme or imports or float32 and not jax/steps"),
+    *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_nnx.py", "--backend", "jax"),
+    *("--share", "256", "--most", "20000", "-k", "test_jax or nnx or imports or float32 and not jax/steps"),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 TESTS = {
     "reference": ("", ("tests", "--backend", "reference", "--share", "24")),
     "numba": ("", ("tests", "--backend", "numba", "--share", "32")),
     "torch": ("[torch]", ("tests", "--share", "128")),
-    "jax": ("[jax]", IN_XLA),
+    "jax": ("[torch,flax]", IN_XLA),
     "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "64")),
     "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "48")),
 }

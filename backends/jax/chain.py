@@ -71,7 +71,7 @@ def chain_back(
     dinitial, dlast, dafter = pull_states(pieces, initial, dfinal, dcheckpoints)
     links = Link(flow, links.decay, links.right, links.left)
     if fused and not stacked(pieces):
-        turned = (None if a is None else jnp.flip(a, 0) for a in links)
+        turned = Link(*(None if a is None else jnp.flip(a, 0) for a in links))
         behind, first = gpu.chain(*turned, dlast[0], precision)
         return jnp.flip(behind, 0), (dinitial[0] + first,)
 

@@ -37,6 +37,11 @@ def _grown(array: Array, *sizes: int) -> Array:
     return jnp.pad(array, pads)
 
 
+def _float32(shape: tuple[int, ...]) -> Any:
+    """An output of a kernel."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[no-untyped-call]
+
+
 def _call(kernel: Any, shapes: Any, grid: tuple[int, ...], warps: int, interpret: bool) -> Any:
     from jax.experimental.pallas import triton
 
@@ -98,9 +103,9 @@ def lattice(
     mu = jnp.ones((count, heads, length)) if log_decay is None else jnp.exp(jnp.swapaxes(log_decay, 1, 2))
     kernel = functools.partial(_lattice_tokens, objective, read_norm, scale, every)
     shapes = [
-        jax.ShapeDtypeStruct((count, heads, length + rest, wide), jnp.float32),
-        jax.ShapeDtypeStruct((count, heads, high, wide), jnp.float32),
-        jax.ShapeDtypeStruct((count, heads, -(-length // every), high, wide), jnp.float32),
+        _float32((count, heads, length + rest, wide)),
+        _float32((count, heads, high, wide)),
+        _float32((count, heads, -(-length // every), high, wide)),
     ]
     run = _call(kernel, shapes, (count, heads), 4 if high * wide <= 4096 else 8, interpret)
     spare = _grown(jnp.asarray(unit_directions(keys, values), jnp.float32), high, wide)
@@ -144,8 +149,8 @@ def chain(
     size = padded(left.shape[-2]) if left is not None else 1
     kernel = functools.partial(_chain_chunks, block, fades, erases, precision=precision)
     shapes = [
-        jax.ShapeDtypeStruct((chunks, count, heads, high, wide), jnp.float32),
-        jax.ShapeDtypeStruct((count, heads, high, wide), jnp.float32),
+        _float32((chunks, count, heads, high, wide)),
+        _float32((count, heads, high, wide)),
     ]
     run = _call(kernel, shapes, (count, heads, wide // block), 4, interpret)
     before, last = run(

@@ -346,20 +346,24 @@ class DeltaChunk(TritonKernel):
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """The default first: blocks of values as wide as leave a program to every multiprocessor.
 
-        What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains more. Few
-        heads chain fused where a chunk has a system to solve, which ``prepare`` would spell out for them otherwise.
+        What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains more. In
+        bfloat16 a fused chain with a system to solve has blocks of 32 values at least: with 16 columns Triton 3.6
+        compiles products wrongly whose result the next product takes.
         """
         _, _, key_dim, value_dim = problem.widths
         delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
         widest = min(block(value_dim), 64 if block(key_dim) <= 128 else 32)
         if not half:
             widest = min(widest, 4096 // block(key_dim))
-        elif not delta and block(key_dim) <= 64:
+        elif delta:
+            widest = max(widest, 32)
+        elif block(key_dim) <= 64:
             widest = min(widest, 32)
         sizes = [b for b in (64, 32, 16) if b <= widest]
+        least = 32 if half and delta else 16
         busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= 0.75 * PROCESSORS]
         block_v = busy[0] if busy else sizes[-1]
-        fused = int(delta or block_v >= min(32, sizes[0]))
+        fused = int(block_v >= min(32, sizes[0]))
 
         def config(block_v: int, fused: int, fewer: int) -> Config:
             stages = _stages(delta, half, block(key_dim), block_v)
@@ -372,7 +376,7 @@ class DeltaChunk(TritonKernel):
             }
 
         first = config(block_v, fused, 0)
-        others = (config(b, f, fewer) for b in sizes for f in (1, 0) for fewer in (0, 1))
+        others = (config(b, f, fewer) for b in sizes for f in (1, 0) if b >= least or not f for fewer in (0, 1))
         return (first, *(c for c in others if c != first))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:

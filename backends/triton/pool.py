@@ -21,9 +21,11 @@ def served(pool: Pool | None) -> tuple[Array, Array, Array]:
 @triton.jit
 def seats(n, slots, out_slots):
     """Where the state of sequence n comes from and goes to: its slots of a pool, its own row without one."""
-    if slots is None:
-        return tl.cast(n, tl.int64), tl.cast(n, tl.int64)
-    return tl.load(slots + n).to(tl.int64), tl.load(out_slots + n).to(tl.int64)
+    where_from, where_to = tl.cast(n, tl.int64), tl.cast(n, tl.int64)
+    if slots is not None:
+        where_from = tl.load(slots + n).to(tl.int64)
+        where_to = tl.load(out_slots + n).to(tl.int64)
+    return where_from, where_to
 
 
 @triton.jit

@@ -22,14 +22,13 @@ from mixers.nn.gates import BoundedDecay, Gate, Projection, SigmoidGate, Softplu
 from mixers.nn.learned import Learned
 from mixers.nn.norm import EPS, RMSNorm
 from mixers.nn.padding import Padding, each
+from mixers.nn.plan import GatePlan, gate_plans, layer_sizes
 from mixers.nn.rotary import positions, rotate
 from mixers.packing import Pack
 from mixers.result import Result
-from mixers.spec import Arg, MixerSpec, Sizes
+from mixers.spec import MixerSpec
 
-# Inputs that a layer of their mixer's own makes, or that only a caller can.
-OWN = ("attn_q", "attn_k", "attn_v", "score", "kept")
-_DECAYS = {"softplus": SoftplusDecay, "bounded": BoundedDecay}
+_PLAIN = {"projection": Projection, "softplus": SoftplusDecay, "bounded": BoundedDecay}
 
 
 class LayerState(NamedTuple):
@@ -95,7 +94,7 @@ class MixerLayer(nn.Module):
         spec = self.mix.spec
         self.custom = convention(spec, self.mix.options)
         self.d_model = d_model
-        sizes = _sizes(spec, self.mix.options, d_model, heads, key_heads, key_dim, value_dim)
+        sizes = layer_sizes(spec, self.mix.options, d_model, heads, key_heads, key_dim, value_dim)
         self.shapes = [sizes.shape(" ".join(arg.layouts[0][2:])) for arg in spec.inputs[:3]]
         self.widths = [heads * width for heads, width in self.shapes]
         if self.custom.rotary and sizes.K % 2:
@@ -104,9 +103,8 @@ class MixerLayer(nn.Module):
         inner = sizes.H * (self.shapes[2][1])
         self.project = nn.Linear(d_model, sum(self.widths) + inner, bias=False)
         self.conv = ShortConv(sum(self.widths), conv_size) if conv_size else None
-        self.gates = nn.ModuleDict(_gates(spec, sizes, d_model, beta_max / sizes.K**self.custom.rate, slot_beta, decay))
-        if beta_max != 1 and "beta" not in self.gates:
-            raise ValueError(f"{spec.name}: beta_max={beta_max}, but it takes no beta; leave it out")
+        plans = gate_plans(spec, self.mix.options, sizes, beta_max, slot_beta, decay)
+        self.gates = nn.ModuleDict(_gates(plans, d_model))
         self.learned = Learned(self.mix, sizes)
         self.norm = RMSNorm(self.shapes[2][1])
         self.out = nn.Linear(inner, d_model, bias=False)
@@ -271,60 +269,14 @@ def reset_parts(module: nn.Module) -> None:
             reset()
 
 
-def _sizes(
-    spec: MixerSpec,
-    options: dict[str, Any],
-    d_model: int,
-    heads: int,
-    key_heads: int | None,
-    key_dim: int | None,
-    value_dim: int | None,
-) -> Sizes:
-    """Heads and widths of a layer."""
-    groups = heads if key_heads is None else key_heads
-    if heads < 1 or groups < 1 or heads % groups:
-        raise ValueError(f"heads={heads} and key_heads={groups}; expected heads to be a whole multiple of key_heads")
-    if d_model % heads and (key_dim is None or value_dim is None):
-        raise ValueError(f"d_model={d_model} is no multiple of heads={heads}; give key_dim and value_dim")
-    keys = d_model // heads if key_dim is None else key_dim
-    values = d_model // heads if value_dim is None else value_dim
-    if "V" not in spec.inputs[2].layouts[0] and keys != values:
-        raise ValueError(f"{spec.name}: key_dim={keys} and value_dim={values}; its values are as wide as its keys")
-    return Sizes(B=1, T=0, G=groups, H=heads, K=keys, V=values, N=1, C=spec.chunk(options))
-
-
-def _gates(
-    spec: MixerSpec, sizes: Sizes, d_model: int, beta_max: float, slot_beta: bool, decay: str | None
-) -> dict[str, Gate]:
-    """A gate for every input that the spec declares beyond q, k and v."""
-    gates: dict[str, Gate] = {}
-    for arg in spec.inputs[3:]:
-        if arg.name in OWN or (arg.name == "memory_query" and arg.optional):
-            continue
-        if arg.draw == "gate":
-            shape = _gate_shape(spec, arg, sizes, slot_beta and arg.name == "beta")
-            gates[arg.name] = SigmoidGate(d_model, *shape, high=beta_max if arg.name == "beta" else 1.0)
-        elif arg.name == "memory_query":
-            gates[arg.name] = Projection(d_model, *_gate_shape(spec, arg, sizes, False))
-        elif arg.draw != "log_decay":
-            raise ValueError(f"{spec.name}: a layer knows no gate for its input {arg.name}; call the mixer itself")
-        elif decay is not None or not arg.optional:
-            if (decay or "softplus") not in _DECAYS:
-                raise ValueError(mixers.spec.unknown("decay", str(decay), _DECAYS))
-            gates[arg.name] = _DECAYS[decay or "softplus"](d_model, *_gate_shape(spec, arg, sizes, False))
-    if decay is not None and "log_decay" not in gates:
-        raise ValueError(f"{spec.name}: decay={decay!r}, but it takes no log_decay; leave it out")
-    if slot_beta and not any(len(gate.shape) == 2 for gate in gates.values() if isinstance(gate, SigmoidGate)):
-        raise ValueError(f"{spec.name}: slot_beta=True, but it takes no beta per slot; leave it out")
-    return gates
-
-
-def _gate_shape(spec: MixerSpec, arg: Arg, sizes: Sizes, per_slot: bool) -> tuple[int, ...]:
-    """``(H,)`` or ``(H, K)``: the first layout of an input, or the one with a number a slot."""
-    layouts = [layout for layout in arg.layouts if len(layout) == 4] if per_slot else list(arg.layouts)
-    if not layouts:
-        raise ValueError(f"{spec.name}: slot_beta=True, but its {arg.name} is one a head; leave it out")
-    return sizes.shape(" ".join(layouts[0][2:]))
+def _gates(plans: dict[str, GatePlan], d_model: int) -> dict[str, Gate]:
+    """The modules of planned gates."""
+    return {
+        name: SigmoidGate(d_model, *plan.shape, high=plan.high)
+        if plan.kind == "sigmoid"
+        else _PLAIN[plan.kind](d_model, *plan.shape)
+        for name, plan in plans.items()
+    }
 
 
 def _offsets(cu_seqlens: Tensor | Pack | None, device: torch.device) -> Tensor | None:
