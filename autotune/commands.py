@@ -72,7 +72,7 @@ def add(app: typer.Typer, read_option: Callable[[str], tuple[str, Any]]) -> None
                         report=report,
                         **dict(read_option(text) for text in option or ()),
                     )
-                except (ValueError, TypeError, RuntimeError) as error:
+                except (ValueError, TypeError, RuntimeError, ImportError) as error:
                     if names:
                         raise typer.BadParameter(str(error)) from error
                     progress.console.print(f"{name}: {error}")

@@ -111,7 +111,9 @@ class HostRig(Rig):
         self.x: Arrays = {n: a.astype(compute) if a.dtype.kind == "f" else a for n, a in x.items()}
         self.x.setdefault("offsets", None)
         self.out = {n: np.empty(s, "int32" if d == "int32" else compute) for n, (s, d) in self.shapes.items()}
-        flowing = {n: generator(1, n).standard_normal(self.out[n].shape, dtype=compute) for n in self.asked}
+        flowing = {
+            n: generator(1, n).standard_normal(self.out[n].shape, np.float32).astype(compute) for n in self.asked
+        }
         self.dout: Arrays = {n: flowing.get(n) for n in self.shapes if not n.startswith("kept.")}
         given = {n: a for n, a in self.x.items() if a is not None and a.dtype.kind == "f"}
         self.dx = {n: np.empty(a.shape, a.dtype) for n, a in given.items()}

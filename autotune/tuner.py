@@ -11,6 +11,7 @@ The tuner raises because of no candidate.
 """
 
 import datetime
+import importlib
 import logging
 import os
 import statistics
@@ -335,11 +336,18 @@ def _contests(
     if forward.kernel is None:
         raise ValueError(f"no kernel runs {problem}; the reference has nothing to tune")
     found = []
-    for part in parts or ((FORWARD, BACKWARD) if problem.flags.grad else (FORWARD,)):
+    for part in _parts(problem, parts):
         contest = Contest(shop, ahead, problem, part, asked, forward, report)
         ahead.start(problem, part, [(r.name, r.config) for r in contest.line_up()[0]])
         found.append(contest)
     return found
+
+
+def _parts(problem: Problem, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The passes to measure; under JAX a backward is traced with its forward, and has its kernel."""
+    if problem.library == "jax":
+        return (FORWARD,)
+    return asked or ((FORWARD, BACKWARD) if problem.flags.grad else (FORWARD,))
 
 
 def _run(contests: list[Contest], budget: float) -> list[Entry]:
@@ -429,10 +437,12 @@ def tune(
 
     Raises:
         ValueError: the mixer, an option or a part is unknown, or no kernel runs the problem.
+        ImportError: the library is not installed.
         RuntimeError: ``MIXERS_TUNE=off`` forbids it.
     """
     spec = name if isinstance(name, MixerSpec) else get_spec(name)
     parts = tuple(parts)
+    importlib.import_module(library)  # some backends have kernels for its arrays only where it is
     if not parts or not set(parts) <= {FORWARD, BACKWARD}:
         raise ValueError(f"parts={parts}; expected some of {FORWARD!r} and {BACKWARD!r}")
     problem = problem_of(spec, shape, dtype, library, device, BACKWARD in parts, tuple(given), spec.resolve(options))

@@ -10,6 +10,7 @@
 What a kernel raises comes back as ``{"failed": …}``. What a kernel prints goes to the standard error stream.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -146,6 +147,7 @@ class Worker:
         do = request["do"]
         if do == "open":
             installed()  # a backend may register mixers of its own
+            importlib.import_module(request["problem"]["library"])  # and have kernels for its arrays
             forward = request["forward"]
             problem, rigs = from_json(request["problem"]), {}
             if self.bench is not None and (self.bench.problem, self.bench.problem.sizes) == (problem, problem.sizes):

@@ -1,20 +1,20 @@
 """One thing to time: a mixer, its sizes, its options and a pass."""
 
-import math
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
+
+from mixers.autotune import cost
+from mixers.autotune.cost import traffic
+from mixers.autotune.key import BACKWARD, FORWARD
 
 import mixers
 from mixers.spec import MixerSpec, Sizes
 
-FORWARD = "forward"
 TRAIN = "forward_backward"
 STEP = "step"
 PASSES = (FORWARD, TRAIN, STEP)
-
-# A backward costs two products for each of the forward's, as in the usual count for training.
-WORK = {FORWARD: 1.0, TRAIN: 3.0, STEP: 1.0}
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+WORK = {FORWARD: cost.WORK[FORWARD], TRAIN: cost.WORK[FORWARD] + cost.WORK[BACKWARD], STEP: cost.WORK[FORWARD]}
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,12 @@ class Case:
         The forward reads its inputs and the first state and writes the output and the last state. A backward reads the
         inputs and the output's gradient and writes a gradient for each input.
         """
-        sizes, item = self.sizes, ITEM_BYTES[self.dtype]
-        wide = max(item, 4)
-        inputs = 0.0
-        for arg in self.spec.inputs:
-            if not arg.optional or arg.name in self.optional:
-                count = math.prod(sizes.shape(" ".join(arg.layouts[0]))) * self.tokens / (self.batch * self.length)
-                inputs += count * (item if arg.name in "qkv" else wide)
-        width = self.value_dim if self.spec.arg("v").layouts[0][-1] == "V" else self.key_dim
-        output = self.tokens * self.heads * width * item
-        state = 0.0
-        if self.spec.reserve is None:
-            state = 2 * wide * sum(math.prod(sizes.shape(f.axes)) for f in self.spec.state(self.option).fields)
-        forward = inputs + output + state
-        return forward if self.kind != TRAIN else forward + 2 * inputs + output
+        sizes, spec = self.sizes, self.spec
+        if self.kind == STEP:
+            sizes = dataclasses.replace(sizes, T=1)
+        given = {a.name: " ".join(a.layouts[0]) for a in spec.inputs if not a.optional or a.name in self.optional}
+        moved = traffic(spec, sizes, self.option, self.dtype, given)
+        return moved[FORWARD] + (moved[BACKWARD] if self.kind == TRAIN else 0.0)
 
     @property
     def label(self) -> str:

@@ -48,6 +48,10 @@ _STATE_DTYPES = ("", "float32", "float64", "bfloat16", "float16")
 _announced: set[tuple[str, str, str]] = set()
 
 
+# The latest plans of forwards and what was known then, by the key of their mixer: operators have mixers of their own.
+_latest: dict[str, "dict[Problem, tuple[int, Plan]]"] = {}
+
+
 @dataclass(frozen=True)
 class Plan:
     """The kernel and configuration that were chosen; without a kernel, the reference runs.
@@ -158,12 +162,12 @@ class Mixer:
         self._plans: dict[Problem, Plan] = {}
         self._plans_in_place: dict[Problem, Plan | None] = {}
         self._shortcuts: dict[Any, Any] = {}
-        self._latest: dict[Problem, tuple[int, Plan]] = {}
         self._generation = knowledge.generation()
         rest = {"kernel": kernel, "config": config, "batch_invariant": self.batch_invariant, "tune": self.tune}
         self.key = json.dumps(
             [spec.name, backend, self.options, state_dtype, self.allow_tf32, {n: v for n, v in rest.items() if v}]
         )
+        self._latest = _latest.setdefault(self.key, {})
         prepare(self)
 
     def __repr__(self) -> str:

@@ -178,21 +178,22 @@ class Torch:
         """A call in eager mode: its checks, problem and plan are those of the last one like it."""
         if torch.compiler.is_compiling() or _looks_on() is not None or _modes() or _functions() or _in_backward() != -1:
             return None  # a transformation, a mode, or a backward that computes a forward again
-        tensors = list(x.values())
-        for tensor in tensors:
-            if type(tensor) not in _PLAIN:
-                given = {name: t for name, t in x.items() if t is not None}
-                return self.again(mixer, given, state, checkpoint_every) if len(given) < len(x) else None
-        key = (
-            state,
-            checkpoint_every,
-            torch.is_grad_enabled(),
-            *x,
-            *[t.shape for t in tensors],
-            *[t.dtype for t in tensors],
-            *[t.device for t in tensors],
-            *[t.requires_grad for t in tensors],
-        )
+        tensors = [*x.values()]
+        try:
+            key = (
+                state,
+                checkpoint_every,
+                torch.is_grad_enabled(),
+                *x,
+                *map(type, tensors),
+                *[t.shape for t in tensors],
+                *[t.dtype for t in tensors],
+                *[t.device for t in tensors],
+                *[t.requires_grad for t in tensors],
+            )
+        except AttributeError:  # something was left out, or is no tensor
+            given = {name: t for name, t in x.items() if t is not None}
+            return self.again(mixer, given, state, checkpoint_every) if len(given) < len(x) else None
         known = mixer.shortcuts()
         shortcut: Shortcut | None = known.get(key, _UNSEEN)
         if shortcut is _UNSEEN:
@@ -336,11 +337,13 @@ class Shortcut:
 
     @classmethod
     def of(cls, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> "Shortcut | None":
-        """For a call; None where the reference runs it.
+        """For a call; None where the reference runs it, or a tensor is of a kind of its own.
 
         Raises:
             ValueError, TypeError: as in any call.
         """
+        if not all(type(tensor) in _PLAIN for tensor in x.values()):
+            return None
         call = mixer.validated(**x, return_state=state, checkpoint_every=checkpoint_every)
         if runs_on_reference(mixer, call):
             return None
@@ -425,7 +428,7 @@ class _Node(torch.autograd.Function):
 
 
 # Past what ``Function.apply`` looks for: ``Torch.again`` has looked for it.
-_apply = super(torch.autograd.Function, _Node).apply
+_apply: Any = super(torch.autograd.Function, _Node).apply
 
 
 # The operators. Their arguments, in order: inputs, parameters, first state, offsets, key.
