@@ -32,7 +32,8 @@ def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
     run = _Run(library, call, mixer.options, inner)
 
     def whole(inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int) -> tuple[Array, State]:
-        return run(inputs, constants, state, passed if fresh else None)
+        found: tuple[Array, State] = run(inputs, constants, state, passed if fresh else None)
+        return found
 
     return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, whole)
 
@@ -105,7 +106,7 @@ class _Rows:
         self.part, self.memory, self.constants = run.part, run.memory, constants
         self.inputs = {name: a for name, a in inputs.items() if name not in ("memory_query", "ends")}
         self.ends = inputs.get("ends")
-        self.asked = inputs.get("memory_query")
+        self.asked: Any = inputs.get("memory_query")
         self.tokens, self.heads = inputs["q"].shape[1], inputs["v"].shape[2]
         self.state = state[: run.inner]
         self.kept, (self.pooled, self.key_sum, self.count, self.segments) = (

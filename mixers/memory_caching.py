@@ -90,7 +90,7 @@ def base_name(base: Any) -> str:
         return base.name
     BASES.setdefault(base.spec.name, base.spec)
     options = {o.name: base.options[o.name] for o in base.spec.options if base.options[o.name] != o.default}
-    return base.spec.name + (":" + json.dumps(options, sort_keys=True) if options else "")
+    return str(base.spec.name) + (":" + json.dumps(options, sort_keys=True) if options else "")
 
 
 def _is_base(base: Any) -> bool:

@@ -318,7 +318,7 @@ class PackedAttention:
             inputs, sizes = (q, k, v, low, high), (factor, BLOCK_Q, BLOCK_K, lse, dy, delta)
             backward_keys(2.5 * work, len(rows) * groups, *inputs, rows, *sizes, dk, dv)
             backward_queries(1.5 * work, len(queries) * groups, *inputs, queries, *sizes, dq)
-        return tuple(_back(a, like) for a in (dq, dk, dv))  # type: ignore[return-value]
+        return tuple(_back(a, like) for a in (dq, dk, dv))
 
 
 def _host(a: Any, dtype: Any = None) -> np.ndarray:

@@ -32,7 +32,7 @@ class NumPy:
     """See ``mixers.arrays.Library``."""
 
     name = "numpy"
-    namespace = xp
+    namespace: Any = xp
 
     def dtype(self, array: Array) -> str:
         """The name of an array's dtype."""

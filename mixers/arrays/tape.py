@@ -125,7 +125,7 @@ class Tape(NumPy):
     def __init__(self) -> None:
         """An empty tape."""
         self._nodes: list[tuple[list[Variable], tuple[Any, ...], Pull]] = []
-        self.namespace = Namespace(self)
+        self.namespace: Any = Namespace(self)
 
     def leaf(self, array: np.ndarray) -> Variable:
         """An array to take gradients of."""
@@ -254,7 +254,9 @@ class Tape(NumPy):
         outputs, saved = forward(*(plain(a) for a in arrays))
 
         def pull(g: list[Any]) -> Sequence[Any]:
-            return backward(saved, *(np.zeros_like(o) if d is None else d for o, d in zip(outputs, g, strict=True)))
+            flowing = (np.zeros_like(o) if d is None else d for o, d in zip(outputs, g, strict=True))
+            found: Sequence[Any] = backward(saved, *flowing)
+            return found
 
         return tuple(self.record(outputs, arrays, pull))
 
@@ -324,12 +326,12 @@ class Namespace:
         """``a`` where true, ``b`` elsewhere."""
         at = plain(at)
         if not isinstance(a, Variable) and not isinstance(b, Variable):
-            return xp.where(at, a, b)
+            return np.where(at, a, b)
 
         def pull(g: Any, *_: Any) -> tuple[Any, Any]:
             return np.where(at, g, 0), np.where(at, 0, g)
 
-        return self._tape.pointwise(lambda x, y: xp.where(at, x, y), (a, b), pull)
+        return self._tape.pointwise(lambda x, y: np.where(at, x, y), (a, b), pull)
 
     def astype(self, a: Any, dtype: Any) -> Any:
         """Another dtype."""
@@ -373,7 +375,7 @@ class Namespace:
         """Sum."""
         return self._view(
             a,
-            lambda x: xp.sum(x, axis=axis, keepdims=keepdims),
+            lambda x: np.sum(x, axis=axis, keepdims=keepdims),
             lambda g: np.broadcast_to(self._reduced(g, axis, keepdims), a.shape),
         )
 
@@ -384,7 +386,7 @@ class Namespace:
     def max(self, a: Any, axis: int, keepdims: bool = False) -> Any:
         """Largest; its gradient is shared among equals."""
         if not isinstance(a, Variable):
-            return xp.max(a, axis=axis, keepdims=keepdims)
+            return np.max(a, axis=axis, keepdims=keepdims)
         top = np.max(a.value, axis=axis, keepdims=True)
         at = a.value == top
         share = at / np.sum(at, axis=axis, keepdims=True)
@@ -414,7 +416,7 @@ class Namespace:
         """Entries of an axis."""
 
         def back(g: np.ndarray) -> np.ndarray:
-            out = np.zeros_like(a.value)
+            out: np.ndarray = np.zeros_like(a.value)
             np.add.at(np.moveaxis(out, axis, 0), np.asarray(index), np.moveaxis(g, axis, 0))
             return out
 
@@ -426,8 +428,8 @@ class Namespace:
         index = np.broadcast_to(index, wide)
 
         def back(g: np.ndarray) -> np.ndarray:
-            out = np.zeros_like(a.value)
-            grid = list(np.ogrid[tuple(slice(n) for n in wide)])
+            out: np.ndarray = np.zeros_like(a.value)
+            grid: list[Any] = list(np.ogrid[tuple(slice(n) for n in wide)])
             grid[axis] = index
             np.add.at(out, tuple(grid), g)
             return out

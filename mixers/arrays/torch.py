@@ -235,7 +235,7 @@ class _Custom(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Run the gradient's own function."""
         return None, None, *ctx.backward_of(ctx.saved, *gradients)

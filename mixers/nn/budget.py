@@ -6,6 +6,9 @@
 data-parallel ranks.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,13 +55,9 @@ class KeepBudget(nn.Module):
         # Tokens kept, and tokens, since the last step: not worth saving.
         self.register_buffer("seen", torch.zeros(2, dtype=torch.float64), persistent=False)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Follows a move to another device; a threshold keeps its precision under ``model.to(bfloat16)``."""
-        kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, dtype in kept.items():
-            self._buffers[name] = self._buffers[name].to(dtype)
-        return self
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow a move to another device; a threshold and its counts keep their precision."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def observe(self, kept: Tensor, real: Tensor | None = None) -> None:

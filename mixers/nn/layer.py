@@ -183,6 +183,7 @@ class MixerLayer(nn.Module):
             q, k = rotate(q, places), rotate(k, places)
 
         gates = {name: make(x) for name, make in self.gates.items()}
+        more: dict[str, Any] = self._more(x, q, k, state, offsets)
         result = self.mix(
             q,
             k,
@@ -192,7 +193,7 @@ class MixerLayer(nn.Module):
             return_state=return_state,
             **gates,
             **self.learned.named,
-            **self._more(x, q, k, state, offsets),
+            **more,
         )
         self._ran(result, real)
         y = self.out(self.norm(result.y).flatten(-2) * torch.sigmoid(gate))
