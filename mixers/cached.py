@@ -17,7 +17,7 @@ from mixers.algebra import like, softmax
 from mixers.call import Call
 from mixers.ham import spread
 from mixers.memory_caching import base_of, boundaries, largest
-from mixers.mixer import Mixer, get
+from mixers.mixer import Mixer, part
 from mixers.problem import Arrays
 from mixers.spec import Array, Memory, MixerSpec, Options, Sizes
 
@@ -27,9 +27,9 @@ State = tuple[Array, ...]
 def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
     """See the module; named as in ``mixers.problem``."""
     base, base_options = base_of(mixer.options["base"])
-    part = get(base, mixer.backend, state_dtype="", allow_tf32=mixer.allow_tf32, **base_options)
+    inner = part(base, mixer.backend, mixer.allow_tf32, tuple(base_options.items()))
     fresh = not any(call.x.get(f"initial.{f.name}") is not None for f in call.spec.state(call.options).fields)
-    run = _Run(library, call, mixer.options, part)
+    run = _Run(library, call, mixer.options, inner)
 
     def whole(inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int) -> tuple[Array, State]:
         return run(inputs, constants, state, passed if fresh else None)

@@ -14,7 +14,7 @@ from mixers import ham, reference
 from mixers.algebra import device_of, read, stop
 from mixers.call import Call
 from mixers.ham import HAMState, sides, spread
-from mixers.mixer import Mixer, get
+from mixers.mixer import Mixer, part
 from mixers.packed import merge, packed_attention
 from mixers.problem import Arrays
 from mixers.spec import Array, Options
@@ -44,7 +44,7 @@ def decide(mixer: Mixer, call: Call) -> Any:
 
 def _recurrence(mixer: Mixer, token: dict[str, Array], **options: Any) -> Mixer:
     name = ham.recurrence_of(token.get("log_decay"))
-    return get(name, mixer.backend, allow_tf32=mixer.allow_tf32, **options)
+    return part(name, mixer.backend, mixer.allow_tf32, tuple(options.items()))
 
 
 def _gates(token: dict[str, Array]) -> dict[str, Array]:

@@ -6,6 +6,7 @@ y = mix.decode(q, k, v, beta=b, pool=pool, slots=slots)
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -602,6 +603,12 @@ def get(
     if drift is not None:
         raise ValueError(f'drift={drift!r} goes with chunk_size="auto"')
     return Mixer(spec, backend, options, state_dtype, allow_tf32, **rest)
+
+
+@functools.lru_cache(maxsize=256)
+def part(name: str | MixerSpec, backend: str, allow_tf32: bool, options: tuple[tuple[str, Any], ...]) -> Mixer:
+    """A mixer as a part of a composition: made once, so that its plans are."""
+    return get(name, backend, allow_tf32=allow_tf32, **dict(options))
 
 
 _from_key: dict[str, Mixer] = {}

@@ -134,6 +134,8 @@ def test_other_devices_and_libraries_are_refused(shown: Callable[..., Any]) -> N
         mix(**shown(x) | {"k": x["k"]})
     with pytest.raises(ValueError, match="no kernel takes these shown arrays"):
         mixers.get("delta_rule", backend="reference")(**shown(x))
+    with pytest.raises(ValueError, match="is composed of others"):
+        mixers.get("ham")(**shown(x))
     with pytest.raises(TypeError, match="with __cuda_array_interface__"):
         mix(**x | {"q": object()})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mixers
-from mixers.backend import installed
+from mixers.backend import Kernel, installed
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -61,6 +61,14 @@ def without(table: str, columns: set[str]) -> str:
     return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in rows)
 
 
+def forms_of(name: str, kernels: tuple[Kernel, ...]) -> list[str]:
+    """How a backend runs a mixer: the forms of its kernels, or composed of the kernels of its parts."""
+    own = list(dict.fromkeys(k.form for k in kernels if name in k.mixers))
+    spec, options = mixers.get(name).spec, mixers.get(name).options
+    parts = spec.compose is not None and all(any(p.name in k.mixers for k in kernels) for p, _ in spec.parts(options))
+    return own + ["composed"] * bool(parts)
+
+
 def declared_table() -> str:
     """Mixers × backends as the README prints it."""
     ours = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["entry-points"]["mixers.backends"]
@@ -73,7 +81,7 @@ def declared_table() -> str:
         spec = mixers.get_spec(name)
         takes = [f"`{a.name}`" + (" (optional)" if a.optional else "") for a in (*spec.inputs[3:], *spec.parameters)]
         chunk = "exact" if spec.exact_in_chunks else "part of the model"
-        forms = [dict.fromkeys(k.form for k in kernels if name in k.mixers) for kernels in backends.values()]
+        forms = [forms_of(name, kernels) for kernels in backends.values()]
         rows.append([f"`{name}`", ", ".join(takes), chunk, "yes", *(", ".join(form) or "no" for form in forms)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from mixers.spec import Array
 
+from . import gpu
 from .pieces import Pieces
 from .walk import State, about, opening, pull_states, stacked, start, start_back, states_of
 
@@ -37,9 +38,14 @@ def follow(state: Array, link: Link, precision: lax.Precision) -> Array:
     return after - jnp.matmul(jnp.swapaxes(link.left, -1, -2), read, precision=precision)
 
 
-def chain(pieces: Pieces, links: Link, initial: State, precision: lax.Precision) -> tuple[Array, State, State]:
-    """States before all chunks ``[J,B,H,K,V]``, final states, checkpoints."""
+def chain(
+    pieces: Pieces, links: Link, initial: State, precision: lax.Precision, fused: bool
+) -> tuple[Array, State, State]:
+    """States before all chunks ``[J,B,H,K,V]``, final states, checkpoints; ``fused``: in one kernel of a GPU."""
     both = stacked(pieces)
+    if fused and not both:
+        before, last = gpu.chain(*links, initial[0], precision)
+        return before, (last,), ()
 
     def body(state: State, now: tuple[Link, dict[str, Array]]) -> tuple[State, tuple[Array, State]]:
         link, known = now
@@ -59,10 +65,15 @@ def chain_back(
     dfinal: State | None,
     dcheckpoints: State | None,
     precision: lax.Precision,
+    fused: bool,
 ) -> tuple[Array, State]:
     """Gradients of the states behind all chunks, and of the first states; ``flow``: of those before, from the reads."""
     dinitial, dlast, dafter = pull_states(pieces, initial, dfinal, dcheckpoints)
     links = Link(flow, links.decay, links.right, links.left)
+    if fused and not stacked(pieces):
+        turned = (None if a is None else jnp.flip(a, 0) for a in links)
+        behind, first = gpu.chain(*turned, dlast[0], precision)
+        return jnp.flip(behind, 0), (dinitial[0] + first,)
 
     def body(
         carry: tuple[State, State], now: tuple[Link, dict[str, Array], State]

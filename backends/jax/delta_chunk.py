@@ -27,6 +27,7 @@ from mixers.linear import read_scale
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
+from . import gpu
 from .chain import Link, chain, chain_back, follow
 from .kernel import floating, precision
 from .pieced import PieceKernel, Prepared, dy_of, put_states, state_flows
@@ -90,6 +91,12 @@ def outputs(part: Inside, state: Array, exact: lax.Precision) -> Array:
     return past + jnp.matmul(part.products, written, precision=exact)
 
 
+def fused(problem: Problem) -> bool:
+    """Whether the chain is one kernel of a GPU: there, in float32, where a state fits the registers."""
+    _, _, keys, values = problem.widths
+    return problem.device == "cuda" and problem.dtype != "float64" and max(keys, values) <= gpu.WIDEST
+
+
 class DeltaChunk(PieceKernel):
     """Chunks of 64 tokens, or of 16 where every key channel has a decay of its own."""
 
@@ -133,7 +140,7 @@ class DeltaChunk(PieceKernel):
         part = inside(
             {n: pieces.split(a) for n, a in tokens.items()}, read_scale(problem.option, problem.sizes.K), exact
         )
-        states, final, checkpoints = chain(pieces, link(part, exact), initial, exact)
+        states, final, checkpoints = chain(pieces, link(part, exact), initial, exact, fused(problem))
         out["y"] = pieces.join(outputs(part, states, exact))
         put_states(problem, pieces, out, final, checkpoints)
         if problem.flags.grad:
@@ -150,7 +157,7 @@ class DeltaChunk(PieceKernel):
         dpart, flow = pull_y(pieces.split(dy_of(problem, dout)))
         links, pull_link = jax.vjp(lambda part: link(part, exact), part)
         flows = state_flows(problem, pieces, initial, dout)
-        dbehind, dinitial = chain_back(pieces, links, initial, flow, *flows, exact)
+        dbehind, dinitial = chain_back(pieces, links, initial, flow, *flows, exact, fused(problem))
         (dlinks,) = jax.vjp(lambda links: follow(states, links, exact), links)[1](dbehind)
         dpart = jax.tree.map(jnp.add, dpart, pull_link(dlinks)[0])
         (dparts,) = pull_part(dpart)

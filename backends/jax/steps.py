@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from mixers.backend import Config, Support
+from mixers.lattice import given_slots
 from mixers.problem import Arrays, Problem
 from mixers.registry import get_spec, names
 from mixers.spec import Array
 
-from .kernel import fields
+from . import gpu
+from .kernel import fields, floating
 from .pieced import PieceKernel
 from .walk import Piece, State
 
@@ -79,4 +81,33 @@ class Steps(PieceKernel):
         return piece
 
 
-KERNELS = (Steps(),)
+class LatticeOnGPU(Steps):
+    """Exact Lattice in one kernel, the slots in registers; the backward walks as that of any mixer."""
+
+    name = "lattice.pallas"
+    mixers = frozenset({"lattice"})
+
+    def takes(self, problem: Problem) -> Support:
+        """The exact recurrence on a GPU, on a batch."""
+        if problem.device != "cuda":
+            return Support.no(f"runs on cuda, and the arrays are on {problem.device}")
+        if problem.option["chunk_size"] != 1:
+            return Support.no(f"runs chunk_size=1, and chunk_size is {problem.option['chunk_size']}")
+        if problem.packed or problem.flags.checkpoint_every:
+            return Support.no("takes neither packs nor checkpoints")
+        if problem.dtype == "float64" or max(problem.widths[2:]) > gpu.WIDEST:
+            return Support.no(f"takes float32 and halves, and widths up to {gpu.WIDEST}")
+        return Support.yes()
+
+    def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
+        """See ``Kernel``."""
+        _, (first,), tokens = self.prepare(problem, floating(x))
+        option, every = problem.option, self.room(problem, config)
+        options = option["objective"], option["read_norm"], option["scale"], every
+        y, last, starts = gpu.lattice(tokens, given_slots(jnp, first), *options)
+        out |= {"y": y, "final.state": last}
+        if problem.flags.grad:
+            out["kept.state"] = jnp.moveaxis(starts, 2, 0)
+
+
+KERNELS = (LatticeOnGPU(), Steps())

@@ -20,6 +20,7 @@ from mixers.call import Call
 from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
 from mixers.problem import Arrays, Problem
+from mixers.result import Result
 from mixers.spec import Array, MixerSpec, Sizes
 
 
@@ -139,6 +140,25 @@ class CudaArrays:
 
     def prepare(self, mixer: Mixer) -> None:
         """Nothing to define."""
+
+    def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
+        """The long way, always."""
+        return None
+
+    def untraced(self, function: Any) -> Any:
+        """The function itself."""
+        return function
+
+    def given(self, call: Call) -> Arrays:
+        """Nothing: what is composed of several mixers takes array functions that kernels do not have.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{call.spec.name} is composed of others, and these parts do not run on {self.name} arrays; hand them to "
+            "torch or JAX by DLPack"
+        )
 
     def run(self, mixer: Mixer, call: Call) -> Arrays:
         """A kernel that takes arrays as they lie.

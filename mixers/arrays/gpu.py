@@ -77,6 +77,8 @@ def device_of(address: int) -> int:
 class Event:
     """What a stream has been given to do so far."""
 
+    _handle: Any = None
+
     def __init__(self, stream: int, device: int) -> None:
         """Record it."""
         enter(device)

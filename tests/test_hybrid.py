@@ -1,0 +1,312 @@
+"""HAM, memory caching and TTT-MLP: compositions against the reference, and laws that their definitions state."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mixers
+from mixers import HAMState
+
+B, T, G, H, K, V = 2, 13, 2, 4, 6, 5
+ON_NUMBA = [
+    "reference",
+    pytest.param("numba", marks=pytest.mark.skipif(not mixers.backend_status().get("numba"), reason="needs Numba")),
+]
+PACK = (5, 0, 1, 7)
+
+Named = dict[str, Any]
+
+
+def normal(seed: str, *shape: int) -> np.ndarray:
+    return np.random.default_rng([ord(c) for c in seed]).standard_normal(shape)
+
+
+def gate(seed: str, *shape: int) -> np.ndarray:
+    return 1 / (1 + np.exp(-normal(seed, *shape)))
+
+
+def inputs(mix: mixers.Mixer, **more: np.ndarray) -> Named:
+    """Random arrays for what a mixer must have."""
+    sizes = {"B": B, "T": T, "G": G, "H": H, "K": K, "V": V}
+    found = {}
+    for arg in mix.spec.inputs:
+        if not arg.optional or arg.name == "log_decay":
+            shape = tuple(sizes[a] for a in arg.layouts[0])
+            draw = {"gate": gate, "log_decay": lambda *a: -np.abs(normal(*a)) / 8}.get(arg.draw, normal)
+            found[arg.name] = draw(arg.name, *shape)
+    found["k"] /= np.linalg.norm(found["k"], axis=-1, keepdims=True)
+    if "V" not in mix.spec.arg("v").layouts[0]:
+        found["beta"] = found["beta"] / K
+    return found | more
+
+
+def flat(mix: mixers.Mixer, state: Any) -> tuple[np.ndarray, ...]:
+    return mix.spec.state(mix.options).unpack(state)
+
+
+def cut(x: Named, first: int | None, last: int | None) -> Named:
+    return {name: a[:, first:last] for name, a in x.items()}
+
+
+HAMS: list[tuple[Named, Named]] = [
+    ({}, {}),
+    ({"window": 3}, {"gate_rnn": gate("a", B, T, H), "gate_kv": gate("b", B, T, H)}),
+    (
+        {"max_kept": 2},
+        {"attn_q": normal("c", B, T, 4, 8), "attn_k": normal("d", B, T, 1, 8), "attn_v": normal("e", B, T, 1, V)},
+    ),
+    ({"max_kept": 2, "window": 4}, {}),
+    ({"decide": "head", "include_self": True}, {}),
+    ({"decide": "head", "window": 3, "max_kept": 2}, {}),
+    ({"router": "l2", "threshold": 1.5}, {}),
+    ({"router": "beta_l2", "threshold": 0.5, "score_grad": True}, {}),
+    ({"router": "given", "threshold": 0.6, "score_grad": True, "window": 3, "max_kept": 3}, {}),
+    ({"threshold": 5.0}, {}),
+]
+CACHES = [
+    {"base": base, "aggregate": aggregate, "init": init, "segment": segment, "top_k": 1, "pool": pool}
+    for base, (aggregate, init), (segment, pool) in itertools.product(
+        ("gated_delta_rule", "lattice", "ttt_linear"),
+        (("gated", "checkpoint"), ("residual", "independent"), ("soup", "independent"), ("sparse", "checkpoint")),
+        ((4, "mean"), ("log", "sum")),
+    )
+]
+
+
+def ham(backend: str, **options: Any) -> mixers.Mixer:
+    return mixers.get("ham", backend=backend, **{"threshold": 0.9, **options})
+
+
+def cached(backend: str, base: Any = "gated_delta_rule", **options: Any) -> mixers.Mixer:
+    base = base if isinstance(base, str) else mixers.get(base[0], **base[1])
+    return mixers.get("memory_caching", backend=backend, base=base, **options)
+
+
+def mlp(backend: str, **options: Any) -> mixers.Mixer:
+    return mixers.get("ttt_mlp", backend=backend, **options)
+
+
+CASES = (
+    [(ham, options, more) for options, more in HAMS]
+    + [(cached, options, {}) for options in CACHES]
+    + [(mlp, {"chunk_size": b}, {}) for b in (1, 4, 16)]
+)
+IDS = [f"{make.__name__}-{'-'.join(map(str, options.values()))}" for make, options, _ in CASES]
+
+
+@pytest.mark.parametrize(("make", "options", "more"), CASES, ids=IDS)
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "pack"])
+def test_a_composition_is_the_reference_forward_and_backward(make, options: Named, more: Named, packed: bool) -> None:
+    """On torch's gradients of the reference, and on the tape: outputs, states, decisions, every gradient."""
+    torch = pytest.importorskip("torch")
+    truth, mix = make("reference", **options), make("auto", **options)
+    x, call = inputs(truth, **more), {}
+    streams = options.get("segment") != "log"
+    if packed:
+        x = {name: a[:1] for name, a in x.items()}
+        call["cu_seqlens"] = np.cumsum([0, *PACK])
+    if streams:
+        before = truth(**(x if packed else cut(x, 0, 6)), **call).state
+        call["initial_state"] = before
+
+    leaves = {name: torch.from_numpy(a.copy()).requires_grad_() for name, a in x.items()}
+    given = {}
+    layout = truth.spec.state(truth.options)
+    if streams:
+        parts = [torch.from_numpy(a.copy()) for a in flat(truth, before)]
+        given = {f.name: p.requires_grad_() for f, p in zip(layout.fields, parts, strict=True) if p.is_floating_point()}
+        leaves_call = {**call, "initial_state": layout.pack(tuple(parts))}
+    else:
+        leaves_call = call
+    if packed:
+        leaves_call = {**leaves_call, "cu_seqlens": torch.from_numpy(call["cu_seqlens"])}
+    wanted = truth(**leaves, **leaves_call)
+    ends = [a for a in flat(truth, wanted.state) if a.is_floating_point()]
+    seeds = [normal(f"seed {i}", *a.shape) for i, a in enumerate([wanted.y, *ends])]
+    flows = [(a, torch.from_numpy(s)) for a, s in zip([wanted.y, *ends], seeds, strict=True) if a.requires_grad]
+    outs, ds = zip(*flows, strict=True)
+    slopes = torch.autograd.grad(outs, [*leaves.values(), *given.values()], ds, allow_unused=True)
+
+    got, pull = mix.vjp(**x, **call)
+    np.testing.assert_allclose(got.y, wanted.y.detach(), rtol=1e-8, atol=1e-9)
+    for name in truth.spec.results:
+        np.testing.assert_allclose(getattr(got, name), getattr(wanted, name).detach(), rtol=1e-8, atol=1e-9)
+    for a, b in zip(flat(mix, got.state), flat(truth, wanted.state), strict=True):
+        np.testing.assert_allclose(a, b.detach(), rtol=1e-8, atol=1e-9)
+    back = pull(seeds[0], tuple(seeds[1:]))
+    state = flat(mix, back["initial_state"]) if streams else ()
+    found = [back[name] for name in leaves] + [g for g in state if g is not None and g.dtype.kind == "f"]
+    for name, a, b in zip([*leaves, *given], found, slopes, strict=True):
+        np.testing.assert_allclose(a, 0 if b is None else b, rtol=1e-7, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", ON_NUMBA)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (ham, {"window": 3}),
+        (ham, {"max_kept": 2, "decide": "head"}),
+        (cached, {"segment": 4}),
+        (mlp, {"chunk_size": 4}),
+    ],
+    ids=["ham", "ham-capped", "memory_caching", "ttt_mlp"],
+)
+def test_cut_anywhere_and_step_by_step(backend: str, make, options: Named) -> None:
+    mix = make(backend, **options)
+    x = inputs(mix)
+    whole = mix(**x)
+    for at in (1, 4, 9):
+        first = mix(**cut(x, 0, at))
+        last = mix(**cut(x, at, None), initial_state=first.state)
+        np.testing.assert_allclose(np.concatenate([first.y, last.y], axis=1), whole.y, rtol=1e-8, atol=1e-9)
+    state, outputs = None, []
+    for t in range(T):
+        y, state = mix.step(**{name: a[:, t] for name, a in x.items()}, state=state)
+        outputs.append(y)
+    np.testing.assert_allclose(np.stack(outputs, axis=1), whole.y, rtol=1e-8, atol=1e-9)
+    for a, b in zip(flat(mix, state), flat(mix, whole.state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [ham, cached, mlp])
+def test_jax_runs_compositions_under_jit(make) -> None:
+    jax = pytest.importorskip("jax")
+    options = {"segment": 4} if make is cached else {"max_kept": 2} if make is ham else {"chunk_size": 4}
+    mix, truth = make("auto", **options), make("reference", **options)
+    with jax.enable_x64(True):
+        x = {name: jax.numpy.asarray(a) for name, a in inputs(mix).items()}
+        first = jax.jit(lambda x: mix(**x))(cut(x, 0, 6))
+        np.testing.assert_allclose(first.y, truth(**cut(inputs(mix), 0, 6)).y, rtol=1e-8, atol=1e-9)
+
+
+# HAM.
+
+
+def test_a_threshold_that_keeps_nothing_leaves_the_recurrence_alone() -> None:
+    mix = mixers.get("ham", threshold=3.0)
+    x = inputs(mix)
+    result = mix(**x)
+    assert not result.kept.any()
+    assert result.state.keys.shape[1] == 0
+    np.testing.assert_allclose(result.y, mixers.get("gated_delta_rule")(**x).y, rtol=1e-10)
+    assert "attention part is zero" in str(mix.explain(**x))
+
+
+def test_a_threshold_that_keeps_all_is_attention_beside_the_recurrence() -> None:
+    mix = mixers.get("ham", threshold=-1.0)
+    x = inputs(mix)
+    q, k = (np.repeat(x[name], H // G, axis=2) for name in ("q", "k"))
+    attention = mixers.get("attention")(q=q, k=k, v=x["v"]).y
+    result = mix(**x)
+    assert result.kept.all()
+    np.testing.assert_allclose(result.y, mixers.get("gated_delta_rule")(**x).y + attention, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ON_NUMBA)
+def test_decisions_may_be_forced_and_the_cache_holds_just_them(backend: str) -> None:
+    mix = ham(backend)
+    x = inputs(mix)
+    kept = normal("kept", B, T) > 0.5
+    result = mix(**x, kept=kept)
+    np.testing.assert_array_equal(result.kept, kept)
+    assert isinstance(result.state, HAMState)
+    np.testing.assert_array_equal(result.state.count, kept.sum(axis=1))
+    for n in range(B):
+        np.testing.assert_array_equal(result.state.keys[n, : kept[n].sum()], x["k"][n, kept[n]])
+
+
+def test_the_threshold_may_be_an_array() -> None:
+    mix, x = ham("auto", threshold=0.0), inputs(ham("auto"))
+    wanted = ham("auto", threshold=0.95)(**x)
+    np.testing.assert_array_equal(mix(**x, threshold=np.array(0.95)).kept, wanted.kept)
+
+
+def test_float32_streams_keep_the_tokens_of_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """Decisions are taken in float32 on every path: flips are counted over a long sequence."""
+    mix = ham("auto", threshold=0.97)
+    heads, tokens = 2, 200
+    x = {
+        "q": normal("q", 1, tokens, heads, 16),
+        "k": normal("k", 1, tokens, heads, 16),
+        "v": normal("v", 1, tokens, heads, 16),
+        "beta": gate("beta", 1, tokens, heads),
+        "log_decay": -np.abs(normal("g", 1, tokens, heads)) / 8,
+    }
+    x["k"] /= np.linalg.norm(x["k"], axis=-1, keepdims=True)
+    x = {name: a.astype(np.float32) for name, a in x.items()}
+    whole = mix(**x).kept
+    state, kept = None, []
+    for t in range(tokens):
+        result = mix.step(**{name: a[:, t] for name, a in x.items()}, state=state)
+        state = result.state
+        kept.append(result.kept)
+    assert 0.1 < whole.mean() < 0.9
+    assert int((np.stack(kept, axis=1) != whole).sum()) <= 1
+
+
+def test_ham_refuses() -> None:
+    given = mixers.get("ham", router="given")
+    x = inputs(given)
+    with pytest.raises(ValueError, match=r"score has shape .*, expected \[B,T\]"):
+        given(**(x | {"score": x["score"][:, :, None]}))
+    x["score"][1, 3] = np.nan
+    with pytest.raises(ValueError, match=r"NaN at \[1, 3\]"):
+        given(**x)
+    with pytest.raises(ValueError, match="score is missing"):
+        given(**{name: a for name, a in x.items() if name != "score"})
+
+
+# Memory caching.
+
+
+@pytest.mark.parametrize("backend", ON_NUMBA)
+@pytest.mark.parametrize("init", ["independent", "checkpoint"])
+@pytest.mark.parametrize("aggregate", ["gated", "residual"])
+def test_closed_forms_over_a_linear_base(backend: str, init: str, aggregate: str) -> None:
+    segment = 4
+    mix = mixers.get(
+        "memory_caching", backend=backend, base="linear_attention", segment=segment, aggregate=aggregate, init=init
+    )
+    x = inputs(mix, memory_query=normal("u", B, T, H, K))
+    q, k = (np.repeat(x[name], H // G, axis=2) for name in ("q", "k"))
+    of = np.arange(T) // segment
+    y = np.zeros((B, T, H, V))
+    for b, t, h in itertools.product(range(B), range(T), range(H)):
+        means = np.stack([k[b, : t + 1, h][of[: t + 1] == s].mean(axis=0) for s in range(of[t] + 1)])
+        logits = means @ x["memory_query"][b, t, h]
+        share = np.exp(logits - logits.max())
+        share = share / share.sum() if aggregate == "gated" else np.ones_like(share)
+        for j in range(t + 1):
+            weight = share[of[j]] if init == "independent" else share[of[j] :].sum()
+            y[b, t, h] += K**-0.5 * weight * (q[b, t, h] @ k[b, j, h]) * x["v"][b, j, h]
+    np.testing.assert_allclose(mix(**x).y, y, rtol=1e-8, atol=1e-10)
+
+
+def test_enough_segments_make_sparse_gated_and_soup_is_gated_for_matrices() -> None:
+    x = inputs(cached("auto", segment=4))
+    gated = cached("auto", segment=4)(**x).y
+    np.testing.assert_allclose(cached("auto", segment=4, aggregate="sparse", top_k=3)(**x).y, gated, rtol=1e-10)
+    np.testing.assert_allclose(cached("auto", segment=4, aggregate="soup")(**x).y, gated, rtol=1e-10)
+
+
+def test_memory_grows_by_a_state_a_segment() -> None:
+    mix = cached("auto", segment=4)
+    x = inputs(mix)
+    held = [mix(**cut(x, 0, tokens)).state for tokens in (3, 4, 11, 12)]
+    assert [s.kept.shape[1] for s in held] == [0, 1, 2, 3]
+    row = B * H * (K * V + K) * 8
+    assert [(s.nbytes - held[0].nbytes) // row for s in held] == [0, 1, 2, 3]
+
+
+def test_memory_caching_refuses() -> None:
+    log = cached("auto", segment="log")
+    x = inputs(log)
+    with pytest.raises(ValueError, match="streaming does not know"):
+        log.step(**{name: a[:, 0] for name, a in x.items()})
+    with pytest.raises(ValueError, match="top_k=0"):
+        cached("auto", top_k=0)
+    for base in ("attention", "ham"):
+        with pytest.raises(ValueError, match="no matrix state"):
+            cached("auto", base)
