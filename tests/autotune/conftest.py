@@ -10,6 +10,12 @@ from mixers.autotune import journal, knowledge
 from mixers.backend import installed
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tuner tunes CPU kernels here: once where those are checked, and once beside torch."""
+    backends = config.getoption("--backend")
+    return True if backends and "numba" not in backends else None
+
+
 @pytest.fixture(autouse=True)
 def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's profile of this test, not there yet."""
