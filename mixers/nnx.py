@@ -177,11 +177,11 @@ class MixerLayer(nnx.Module):
     ) -> None:
         """See the class."""
         spec = mixers.get_spec(mixer) if isinstance(mixer, str) else mixer
-        self.custom = convention(spec, self.mix.options)
         self.normalised_inside = any(option.name == "qk_l2norm" for option in spec.options)
         if self.normalised_inside:
             options.setdefault("qk_l2norm", True)
         self.mix = mixers.get(spec, backend, **options)
+        self.custom = convention(spec, self.mix.options)
         self.d_model = d_model
         sizes = layer_sizes(spec, self.mix.options, d_model, heads, key_heads, key_dim, value_dim)
         self.shapes = tuple(sizes.shape(" ".join(arg.layouts[0][2:])) for arg in spec.inputs[:3])
@@ -194,6 +194,8 @@ class MixerLayer(nnx.Module):
         if conv_size:
             self.conv = Weight(sum(self.widths), conv_size, rngs)
         plans = gate_plans(spec, self.mix.options, sizes, beta_max, slot_beta, decay)
+        if unknown := [name for name, plan in plans.items() if plan.kind == "projection"]:
+            raise ValueError(f"{spec.name}: this layer makes no {unknown[0]}; mixers.nn.MixerLayer does")
         self.gates = nnx.Dict({name: Gate(plan, d_model, rngs) for name, plan in plans.items()})
         self.learned = Learned(self.mix, sizes)
         self.norm = Gain(self.shapes[2][1])

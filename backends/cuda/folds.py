@@ -20,6 +20,7 @@ import threading
 import numpy as np
 
 from . import SIMULATED, WARP
+from .agreed import shares
 from .source import intrinsic
 
 if SIMULATED:
@@ -29,16 +30,6 @@ else:
     from numba.core import cgutils, types
 
     from .native import _BITS, _EVERY_LANE, _from_lane, _pointer, _register, load
-
-
-def shares(count, first, last):
-    """How many numbers a lane keeps of a fold, and the bits that choose them: ``((bit, offset), …)``."""
-    kept, chosen = count, []
-    for bit in range(first, last):
-        if kept % 2 == 0:
-            kept //= 2
-            chosen.append((bit, kept))
-    return kept, tuple(chosen)
 
 
 def _lane(builder):

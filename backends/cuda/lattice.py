@@ -12,13 +12,11 @@ from mixers.backend import Config, Pool, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
+from . import WARP
+from .agreed import OBJECTIVES, backward_numbers, shares
 from .arrays import SIZES, empty, kind, place
 from .delta import gather
-from .device import WARP
-from .folds import shares
 from .kernel import PROCESSORS, CudaKernel, blank_unused
-from .lattice_backward import numbers as numbers_of
-from .lattice_slots import OBJECTIVES
 from .program import Program, constants
 
 FORWARD = Program("lattice_forward")
@@ -219,7 +217,7 @@ def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
     per_slot = problem.layout("beta") == "B T H K"
     size = 8 if double else 4
     for segment, near in SEGMENTS:
-        if numbers_of(**shape, segment=segment, per_slot=per_slot, near=near) * size <= MOST_SHARED:
+        if backward_numbers(**shape, segment=segment, per_slot=per_slot, near=near) * size <= MOST_SHARED:
             break
     return config, segment, near
 
@@ -252,7 +250,7 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
         *place(kept, 0), *place(measured, 0), *place(scratch, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, s.H,
         s.H // s.G,
     )  # fmt: skip
-    held = numbers_of(**shape, segment=segment, per_slot=constant["per_slot"], near=near) * SIZES[real]
+    held = backward_numbers(**shape, segment=segment, per_slot=constant["per_slot"], near=near) * SIZES[real]
     BACKWARD(q, constants(constant), heads, threads, numbers, (problem.option["scale"],), held)
     for name in ("q", "k") if s.G != s.H else ():
         gather(problem, rows[name], dx[name], 1, x[name], (s.G, s.H // s.G, s.K), 0)

@@ -17,18 +17,12 @@ import math
 
 import numpy as np
 
+from .agreed import DECODING, ENCODING, shares
 from .device import WARP, load, store, sum_lanes
-from .folds import fold, get, put, put_four, read_four, shared_place, shares, write_four
-from .lattice_slots import DECODING, ENCODING, direction
+from .folds import fold, get, put, put_four, read_four, shared_place, write_four
+from .lattice_slots import direction
 from .place import marks_before, seat, span
 from .source import cuda
-
-
-def numbers(*, rows, columns, lanes, warps, segment, per_slot, near):
-    """How many numbers of shared memory a block takes: a segment's tokens, and sums over warps."""
-    keys, values = rows * (WARP // lanes) * warps, columns * lanes
-    states = segment * rows * columns * warps * WARP if near else 0
-    return states + segment * (4 * keys + 2 * values + (keys if per_slot else 1) + 1) + 2 * warps * (values + 2) + 4
 
 
 def build(

@@ -29,9 +29,10 @@ import math
 
 import numpy as np
 
+from .agreed import DECODING, ENCODING, shares
 from .device import WARP, load, store, sum_lanes
-from .folds import any_lane, fold, get, later, put, rsqrt, shared_place, shares, write_four
-from .lattice_slots import DECODING, ENCODING, direction
+from .folds import any_lane, fold, get, later, put, rsqrt, shared_place, write_four
+from .lattice_slots import direction
 from .place import marks_before, seat, span
 from .source import cuda
 

@@ -12,10 +12,6 @@ import math
 from . import SIMULATED
 from .source import intrinsic
 
-OBJECTIVES = {"decoding": 0, "encoding": 1, "similarity": 2}
-DECODING, ENCODING, SIMILARITY = 0, 1, 2
-
-
 if SIMULATED:
 
     def direction(i, j, K, V):

@@ -12,8 +12,8 @@ import functools
 import numpy as np
 
 from . import SIMULATED
+from .agreed import shares
 from .device import WARP, load
-from .folds import shares
 from .source import cuda
 
 _read = load("int64")

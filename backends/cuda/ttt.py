@@ -11,13 +11,13 @@ from mixers.backend import Config, Pool, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
+from . import WARP
+from .agreed import PHASE_THREADS
 from .arrays import empty, kind, place
 from .delta import GATHER, gather
-from .device import WARP
 from .kernel import CudaKernel, blank_unused, clear
 from .lattice import layouts
 from .program import Program, constants
-from .ttt_phase import THREADS
 
 FORWARD = Program("ttt_forward")
 BACKWARD = Program("ttt_backward")
@@ -71,7 +71,7 @@ class TTTRecurrent(CudaKernel):
             *place(phases, 0), *place(pool.arrays[4], 1), *place(pool.slots, 1), *place(pool.out_slots, 1),
             problem.sizes.N,
         )  # fmt: skip
-        PHASE(x["q"], chosen, -(-problem.sizes.N // THREADS), THREADS, numbers)
+        PHASE(x["q"], chosen, -(-problem.sizes.N // PHASE_THREADS), PHASE_THREADS, numbers)
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill the gradients: the forward again, which leaves weights and sums, then its adjoint, token by token."""

@@ -20,8 +20,9 @@ and is wanted by rows.
 
 import numpy as np
 
+from .agreed import shares
 from .device import WARP, load, store, sum_lanes
-from .folds import fold, read_four, shares, unfold
+from .folds import fold, read_four, unfold
 from .place import marks_before, seat, span
 from .source import cuda
 

@@ -18,8 +18,9 @@ import math
 
 import numpy as np
 
+from .agreed import shares
 from .device import WARP, load, store, sum_lanes
-from .folds import fold, shares, unfold, write_four
+from .folds import fold, unfold, write_four
 from .place import marks_before, seat, span
 from .source import cuda
 

@@ -2,11 +2,9 @@
 
 import numpy as np
 
-from .device import WARP, load, store
+from .agreed import PHASE_THREADS
+from .device import load, store
 from .source import cuda
-
-# Sequences a block.
-THREADS = 4 * WARP
 
 
 def build(*, slots, out_slots):
@@ -14,7 +12,7 @@ def build(*, slots, out_slots):
     read_slot, read_out_slot, read, write = load(slots), load(out_slots), load("int32"), store("int32")
 
     def kernel(phases, pool, pool_n, slots, slots_n, out_slots, out_slots_n, count):
-        n = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+        n = np.int64(cuda.blockIdx.x) * PHASE_THREADS + cuda.threadIdx.x
         if n < count:
             goes = read_out_slot(out_slots, n * out_slots_n)
             if read_slot(slots, n * slots_n) >= 0 and goes >= 0:

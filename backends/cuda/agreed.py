@@ -1,0 +1,26 @@
+"""What a launch and its kernel must agree on, told without Numba: a kernel that is on disk starts without it."""
+
+from . import WARP
+
+OBJECTIVES = {"decoding": 0, "encoding": 1, "similarity": 2}
+DECODING, ENCODING, SIMILARITY = OBJECTIVES.values()
+
+# Sequences a block of the kernel that writes phases to their pool.
+PHASE_THREADS = 4 * WARP
+
+
+def shares(count, first, last):
+    """How many numbers a lane keeps of a fold, and the bits that choose them: ``((bit, offset), …)``."""
+    kept, chosen = count, []
+    for bit in range(first, last):
+        if kept % 2 == 0:
+            kept //= 2
+            chosen.append((bit, kept))
+    return kept, tuple(chosen)
+
+
+def backward_numbers(*, rows, columns, lanes, warps, segment, per_slot, near):
+    """How many numbers of shared memory a block takes: a segment's tokens, and sums over warps."""
+    keys, values = rows * (WARP // lanes) * warps, columns * lanes
+    states = segment * rows * columns * warps * WARP if near else 0
+    return states + segment * (4 * keys + 2 * values + (keys if per_slot else 1) + 1) + 2 * warps * (values + 2) + 4
