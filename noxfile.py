@@ -19,26 +19,31 @@ nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 PINS = ("-c", "constraints.txt")
 
 # What each session installs, and no more, so that a stray import of another library fails; and what it checks. torch
-# brings autodiff, so its session checks everything; XLA compiles seconds for a case, so few are checked with it,
-# beside torch, whose gradients are the truth and whose layers have twins in JAX.
-# Triton's kernels run in its interpreter and those of CUDA in Numba's simulator, where a case takes seconds.
-# `--share n` takes every n-th case of the laws, another part for every kernel and dtype: `pytest tests` without it
-# takes them all, which lasts an hour.
+# brings autodiff, so its session checks what gradients are compared with; what NumPy alone tells is left to the session
+# without it. XLA compiles seconds for a case, so few are checked with it. Triton's kernels run in its interpreter and
+# those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of the laws, another
+# part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
 SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "5000")
 SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "500")
+WITHOUT_TORCH = tuple(
+    f"--ignore=tests/{file}.py"
+    for file in (
+        *("conformance/test_bits", "conformance/test_long", "autotune/test_batch_invariant", "autotune/test_profile"),
+        *("test_numba_cache", "test_packaging", "test_threads"),
+    )
+)
 IN_XLA = (
     *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_nnx.py", "--backend", "jax"),
-    *("--share", "256", "--most", "20000", "-k", "test_jax or nnx or imports or float32 and not jax/steps"),
+    *("--share", "256", "--most", "20000", "-k", "test_jax or test_nnx or imports or float32 and not jax/steps"),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 TESTS = {
-    "reference": ("", ("tests", "--backend", "reference", "--share", "24")),
-    "numba": ("", ("tests", "--backend", "numba", "--share", "32")),
-    "torch": ("[torch]", ("tests", "--share", "128")),
+    "numba": ("", ("tests", "--backend", "reference", "--backend", "numba", "--share", "64")),
+    "torch": ("[torch]", ("tests", "--share", "512", *WITHOUT_TORCH)),
     "jax": ("[torch,flax]", IN_XLA),
-    "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "64")),
-    "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "48")),
+    "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "96")),
+    "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "64")),
 }
 
 # What `nox` compiles of the CUDA kernels, for time: `nox -s ptx` compiles every dtype for both generations of GPUs.

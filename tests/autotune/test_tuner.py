@@ -198,19 +198,3 @@ def test_an_explicit_configuration_is_kept_or_refused() -> None:
         mixers.get("linear_attention", config={"block": 16})
     with pytest.raises(ValueError, match="its configuration is block"):
         mixers.get("linear_attention", kernel="delta.recurrent", config={"blocks": 16})(**x)
-
-
-def test_shipped_profiles_are_read_and_name_kernels_that_there_are() -> None:
-    files = sorted(knowledge.SHIPPED.glob("*.toml"))
-    assert files
-    for file in files:
-        entries = Profile.parse(file.read_text(encoding="utf-8")).entries.values()
-        (family,) = {entry.device for entry in entries}
-        assert knowledge._shipped(family) == Profile.of(entries)
-        for entry in entries:
-            backend, _, name = entry.kernel.partition("/")
-            if installed()[backend].status():
-                kernels = [k for k in installed()[backend].kernels() if k.name == name]
-                assert [entry.key.split()[0] in k.mixers for k in kernels] == [True], entry.id
-            assert 0 <= entry.error <= 1
-            assert not entry.default_seconds or entry.seconds <= entry.default_seconds

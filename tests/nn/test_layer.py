@@ -198,7 +198,7 @@ def test_state_dict_copy_and_pickle(name):
 
 def test_first_state_is_learned_where_the_spec_says_so():
     learned = {name for name in LAYERS if len(layer(name).learned.first)}
-    assert {LAYERS[name]["mixer"] for name in learned} == {"lattice", "ttt_linear"}
+    assert {LAYERS[name]["mixer"] for name in learned} == {"lattice", "ttt_linear", "ttt_mlp"}
     slots = MixerLayer("lattice", d_model=16, heads=2, key_dim=6).learned
     assert slots.first[0].shape == (2, 6, 8)
     close(slots.state().norm(dim=-1), torch.ones(2, 6))
