@@ -15,6 +15,7 @@ from .lattice_decode import decode
 from .lattice_slots import directions
 
 WIDEST = 256 * 128  # slots × values, in powers of two, whose products fit into shared memory
+WIDEST_DECAYING_BACK = 32 * 256  # likewise, where values are wider than 128
 WIDEST_FLOAT16_BACK = 128 * 64  # its backward multiplies float32, 64 tokens at a time
 
 
@@ -36,6 +37,12 @@ class LatticeChunk(TritonKernel):
             return Support.no(
                 f"slots fill shared memory: the product of K and V, each rounded up to a power of two, may be {widest}"
                 f", and K = {key_dim}, V = {value_dim}"
+            )
+        _, _, key_dim, value_dim = problem.widths
+        if gated(problem) and problem.flags.grad and value_dim > 128 and area(problem) > WIDEST_DECAYING_BACK:
+            return Support.no(
+                f"its gradients with log_decay fill shared memory: K up to 32 where V is above 128, and K = {key_dim}, "
+                f"V = {value_dim}"
             )
         return Support.yes()
 

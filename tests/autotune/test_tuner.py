@@ -39,7 +39,7 @@ REASONS = {
     "forgetful": "y holds 1 numbers that are not finite",
     "leak": "leaks 4.0 MiB a call",
     "wrong": "wrong: y: error",
-    "wrong-gradient": "wrong: gradient of k: error",
+    "wrong-gradient": "wrong: gradient of k",
     "wrong-where-large": "wrong: from the default kernel: y: error",
     "hang": "it hung: no answer within 4 s",
     "honest": "",
