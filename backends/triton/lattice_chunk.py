@@ -31,14 +31,13 @@ class LatticeChunk(TritonKernel):
         """Only where the chunk is part of the model."""
         if problem.option["chunk_size"] == 1:
             return Support.no("runs chunk_size > 1; lattice.recurrent is the exact recurrence")
+        _, _, key_dim, value_dim = problem.widths
         widest = WIDEST_FLOAT16_BACK if problem.dtype == "float16" and problem.flags.grad else WIDEST
         if area(problem) > widest:
-            _, _, key_dim, value_dim = problem.widths
             return Support.no(
                 f"slots fill shared memory: the product of K and V, each rounded up to a power of two, may be {widest}"
                 f", and K = {key_dim}, V = {value_dim}"
             )
-        _, _, key_dim, value_dim = problem.widths
         if gated(problem) and problem.flags.grad and value_dim > 128 and area(problem) > WIDEST_DECAYING_BACK:
             return Support.no(
                 f"its gradients with log_decay fill shared memory: K up to 32 where V is above 128, and K = {key_dim}, "
