@@ -35,15 +35,15 @@ WITHOUT_TORCH = tuple(
 )
 IN_XLA = (
     *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_nnx.py", "--backend", "jax"),
-    *("--share", "256", "--most", "20000", "-k", "test_jax or test_nnx or imports or float32 and not jax/steps"),
+    *("--share", "512", "--most", "20000", "-k", "test_jax or test_nnx or imports or float32 and not jax/steps"),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 TESTS = {
     "numba": ("", ("tests", "--backend", "reference", "--backend", "numba", "--share", "64")),
     "torch": ("[torch]", ("tests", "--share", "512", *WITHOUT_TORCH)),
     "jax": ("[torch,flax]", IN_XLA),
-    "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "96")),
-    "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "64")),
+    "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "144")),
+    "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "96")),
 }
 
 # What `nox` compiles of the CUDA kernels, for time: `nox -s ptx` compiles every dtype for both generations of GPUs.

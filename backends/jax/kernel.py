@@ -4,9 +4,11 @@ A kernel of JAX arrays is a pure function: ``out`` and ``dx`` come empty and it 
 the backward it puts into ``out`` as ``kept.*``, under names of its own.
 """
 
+import functools
 from abc import abstractmethod
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -27,6 +29,8 @@ class JaxKernel(Kernel):
         place = backend.place.holds(problem)
         if not place:
             return place
+        if not _present(problem.device):
+            return Support.no(f"JAX finds no {problem.device} on this machine")
         _, _, key_dim, value_dim = problem.widths
         if key_dim < 1 or value_dim < 1:
             return Support.no(f"takes widths from 1 up, and K = {key_dim}, V = {value_dim}")
@@ -35,6 +39,14 @@ class JaxKernel(Kernel):
     @abstractmethod
     def takes(self, problem: Problem) -> Support:
         """Whether the kernel runs this problem, once its arrays are in the right place."""
+
+
+@functools.cache
+def _present(device: str) -> bool:
+    try:
+        return bool(jax.devices(device))
+    except RuntimeError:  # JAX's answer for a kind that it has no support for
+        return False
 
 
 def wide(problem: Problem, array: Array) -> Array:
