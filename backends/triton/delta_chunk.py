@@ -167,10 +167,7 @@ class Cut:
         )  # fmt: skip
 
     def spell_out(self, exact: bool) -> None:
-        """W and U of every chunk, for a thin chain.
-
-        Where y comes of them U stays in float32, ``exact``: of alike keys U − W S is small, and rounding U is not.
-        """
+        """W and U of every chunk, for a thin chain; see ``chain`` for ``exact``."""
         s, kind = self.problem.sizes, torch.float32 if exact else None
         self.w, self.u = (self.scratch(s.K), self.scratch(s.V, kind)) if self.delta else (None, self.v)
         if self.delta:
@@ -188,13 +185,17 @@ class Cut:
     def chain(
         self, config: Config, fused: bool, out: Arrays, y: Array | None, exact: bool = False
     ) -> tuple[Array | None, Array | None]:
-        """From chunk to chunk: outputs where it is fused, otherwise first states and writes of every chunk."""
+        """From chunk to chunk: outputs where it is fused, otherwise first states and writes of every chunk.
+
+        Where y comes of the writes they stay in float32, ``exact``: of alike keys U − W S is small, and rounding U is
+        not.
+        """
         s, block_v = self.problem.sizes, config["block_v"]
         if not fused:
             self.spell_out(exact)
         w, u = (self.keys_in if self.delta else None, self.v) if fused else (self.w, self.u)
         states = None if fused else self.states()
-        written = self.scratch(s.V) if self.delta and not fused else None
+        written = self.scratch(s.V, torch.float32 if exact else None) if self.delta and not fused else None
         checkpoints, last = out.get("checkpoint.state"), out.get("final.state")
         _, _, per, every, heads, group = self._lengths_of(self.k)
         forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](

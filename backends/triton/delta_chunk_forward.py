@@ -200,6 +200,16 @@ def prepare(
         tl.store(w + place[:, None] * K + c, found, mask=inside)
 
 
+@triton.jit
+def read(reads, write, PRECISION: tl.constexpr):
+    """``P U'``. Of alike keys the writes cancel in the sum while their rounding adds up: what it drops is read too."""
+    rounded = write.to(reads.dtype)
+    found = dot(reads, rounded, PRECISION)
+    if write.dtype != reads.dtype:
+        found += dot(reads, (write - rounded.to(tl.float32)).to(reads.dtype), PRECISION)
+    return found
+
+
 @triton.jit(do_not_specialize=["tokens", "per", "every"])
 def chain(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, w, w_b, w_t, w_h, beta, beta_b, beta_t, beta_h, a, p,
@@ -261,17 +271,17 @@ def chain(
                 strength = tl.load(beta + here * beta_t, mask=t < count, other=0.0).to(tl.float32)
                 missing = (strength[:, None] * (write.to(tl.float32) - known)).to(operand)
                 solved = tl.load(a + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
-                write = dot(solved, missing, PRECISION).to(operand)
+                write = dot(solved, missing, PRECISION)
             else:
-                write = (write.to(tl.float32) - known).to(operand)
-                tl.store(written + place[:, None] * V + e[None, :], write, mask=values)
+                write = write.to(tl.float32) - known
+                tl.store(written + place[:, None] * V + e[None, :], write.to(written.dtype.element_ty), mask=values)
         if FUSED:
             query = tl.load(q + here[:, None] * q_t + c[None, :], mask=keys, other=0.0)
             out = scale * dot(query, held, PRECISION)
             if DECAY == 1:
                 out *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
             reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
-            out += dot(reads, write, PRECISION)
+            out += read(reads, write, PRECISION)
             tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
         key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
         if DECAY == 1:
@@ -280,7 +290,7 @@ def chain(
             s *= left
         if DECAY == 2:
             s *= left[:, None]
-        s += dot(tl.trans(key), write, PRECISION)
+        s += dot(tl.trans(key), write.to(operand), PRECISION)
         if MARKED:
             if (at + count) % every == 0:
                 where = ((mark + (at + count) // every - 1) * heads + head) * K * V
@@ -323,5 +333,5 @@ def outputs(
     u += batch * u_b + (start + t[:, None]) * u_t + head * u_h
     write = tl.load(u + e[None, :], mask=values, other=0.0)
     reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
-    out += dot(reads, write, PRECISION)
+    out += read(reads, write, PRECISION)
     tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)

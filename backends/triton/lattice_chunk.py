@@ -75,10 +75,11 @@ class LatticeChunk(TritonKernel):
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """See ``Kernel``."""
-        if problem.dtype == "float32" or not gated(problem) or area(problem) <= 64 * 64:
+        narrow = area(problem) <= 64 * 64 and problem.sizes.K <= 128
+        if problem.dtype == "float32" or not gated(problem) or narrow:
             backward(problem, config, x, dout, dx)
             return
-        # Wide slots that decay: no shape of products in half precision was found that Triton 3.6 compiles rightly.
+        # Wide slots that decay: products in half precision fill shared memory, or Triton 3.6 compiles them wrongly.
         exact = {name: torch.empty_like(dx[name], dtype=torch.float32) for name in "qkv"}
         wide = dataclasses.replace(problem, dtype="float32")
         backward(wide, config, x | {name: x[name].float() for name in "qkv"}, dout, dx | exact)

@@ -222,14 +222,14 @@ def measure(
         d_along = -weight * part_phi
         de = to_square
     de += dot(back.to(exact), weight.to(exact), DIGITS)
-    m = dot(wt, d_along, PRECISION)
+    m = dot(wt, d_along, DIGITS)
     de += m * a
     da = m * e
     to = ((batch * tokens + first) * heads + h) * K
     d_crossed = 2 * b[:, None] * to_square
     if resumed:
         if READ_NORM:
-            m = dot(wt, d_crossed, PRECISION)
+            m = dot(wt, d_crossed, DIGITS)
             de += m * p
             put(dp_to + to, (m * e).to(dp_to.dtype.element_ty), at, i, heads * K, size, K)
             sums = moments + own_row * 3 * K + i
@@ -251,7 +251,7 @@ def measure(
             d_fresh = weight * dot(up, tl.trans(toward), PRECISION)
             d_fresh += 2 * to_square * (crossed_first - along * met_first + fresh * ones)
             d_crossed_first = 2 * fresh * to_square
-            m = dot(wt, d_crossed_first, PRECISION)
+            m = dot(wt, d_crossed_first, DIGITS)
             de = live * (de + m * p_first)
             dp = m * e
             if resumed:
