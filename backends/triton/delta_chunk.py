@@ -81,7 +81,6 @@ class Cut:
         self.warps = 4 if q.element_size() == 2 else 8
         self.inward: Any = None
         self.outward: Any = None
-        self.total: Any = None
         self.fade: Any = None
         self.pairs: Any = None
         self.p: Any = None
@@ -123,25 +122,19 @@ class Cut:
             found |= {"V": s.V, "BV": block_v}
         return found | {"PACKED": self.problem.packed, "CHECKPOINTS": self.every > 0}
 
-    def prepare(self, back: bool = False) -> None:
-        """A, P and decays of every chunk; what reads without a system to solve computes P by itself, in a forward."""
+    def prepare(self) -> None:
+        """A, P and decays of every chunk."""
         grid = (self.rows * self.problem.sizes.H,)
-        exact = self.decay == 1 and self.k.dtype == torch.float32  # differences of running sums lose digits
-        if not (self.delta or self.decay == 2 or back or exact):
-            if self.decay == 0:
-                return
-            self.total = self.scalars()
-        else:
-            self.p = self.scratch(self.block_t)
+        self.p = self.scratch(self.block_t)
         self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         if self.decay == 2:
             self._fold(grid)
         else:
-            if self.decay == 1 and self.total is None:
+            if self.decay == 1:
                 self.inward, self.outward = self.scalars(), self.scalars()
             forwards.scores[grid](
                 *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.p, self.pairs, self.inward, self.outward, self.total, self.offsets, *self.lengths(), self.scale,
+                self.p, self.pairs, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
                 **self.constants(self.wide[0]), DELTA=self.delta, DECAY=self.decay, PRECISION=self.precision,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
@@ -208,7 +201,7 @@ class Cut:
         _, _, per, every, heads, group = self._lengths_of(self.k)
         forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](
             *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(u, 0, 1, 2), *place(w, 0, 1, 2),
-            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.total, self.fade,
+            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.fade,
             *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
             self.marks, s.T, per, every, heads, group, self.scale,
             **self.constants(0, block_v), DELTA=self.delta, DECAY=self.decay, FUSED=fused,
@@ -221,8 +214,8 @@ class Cut:
         """Outputs of all chunks from their first states."""
         s, (block_k, block_v) = self.problem.sizes, self.wide
         forwards.outputs[(self.rows * s.H * triton.cdiv(s.V, block_v),)](
-            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2),
-            self.p, self.inward, self.total, states, y, self.offsets,
+            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2), self.p, self.inward, states, y,
+            self.offsets,
             *self._lengths_of(self.k), self.scale,
             **self.constants(block_k, block_v), DECAY=self.decay, PRECISION=self.precision, num_warps=4,
             num_stages=1,
@@ -242,7 +235,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     cut = Cut(problem, x, config["block_t"])
     if not s.N * s.H:
         return
-    cut.prepare(back=True)
+    cut.prepare()
     states, written = cut.chain(config, False, {}, None)
     dy = dout.get("y")
     dy = (
@@ -327,20 +320,22 @@ def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:
     normalise_backward(cut.x[name], normal[name], dx[name])
 
 
-# What a chain with a decay a head and no system to solve holds, by whether channels are at most 64: its widest block of
-# values, and how many chunks it loads ahead where it is fused.
-DECAYING = {True: (32, 3), False: (32, 3)}
-
-
-def _stages(delta: bool, decay: int, half: bool, channels: int, block_v: int, fused: int) -> int:
+def _stages(delta: bool, decay: int, half: bool, channels: int, block_v: int) -> int:
     """How many chunks a chain holds in shared memory: W, A, P, q, k and values of each, or P, q, k and values."""
     if not half or channels > 128:
         return 1
-    if delta:
-        return 3 if channels <= 64 or block_v <= 32 else 2
-    if decay == 1 and fused:
-        return DECAYING[channels <= 64][1]
-    return 3 if decay == 2 and channels <= 64 else 4
+    if delta and channels > 64:
+        return 3 if block_v <= 32 else 2
+    return 3 if channels <= 64 and (delta or decay) else 4
+
+
+def _computes_reads(problem: Problem, config: Config) -> bool:
+    """Whether a forward has nothing to prepare: linear attention, where its products have more than 16 columns.
+
+    Those are compiled wrongly where one takes the other's result; see ``configs``.
+    """
+    plain = problem.layout("beta") is None and decay_axes(problem) == 0
+    return plain and (config["block_v"] >= 32 or not config["fused"])
 
 
 class DeltaChunk(TritonKernel):
@@ -367,14 +362,11 @@ class DeltaChunk(TritonKernel):
         """
         _, _, key_dim, value_dim = problem.widths
         delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
-        decay = decay_axes(problem)
         widest = min(block(value_dim), 64 if block(key_dim) <= 128 else 32)
         if not half:
             widest = min(widest, 4096 // block(key_dim))
         elif delta:
             widest = max(widest, 32)
-        elif decay == 1:
-            widest = min(widest, DECAYING[block(key_dim) <= 64][0])
         elif block(key_dim) <= 64:
             widest = min(widest, 32)
         sizes = [b for b in (64, 32, 16) if b <= widest]
@@ -384,7 +376,7 @@ class DeltaChunk(TritonKernel):
         fused = int(block_v >= min(32, sizes[0]))
 
         def config(block_v: int, fused: int, fewer: int) -> Config:
-            stages = _stages(delta, decay, half, block(key_dim), block_v, fused)
+            stages = _stages(delta, decay_axes(problem), half, block(key_dim), block_v)
             return {
                 "block_t": 64 if half else 32,
                 "block_v": block_v,
@@ -404,7 +396,8 @@ class DeltaChunk(TritonKernel):
             return
         blank_unused(problem, out)
         cut = Cut(problem, x, config["block_t"])
-        cut.prepare()
+        if not _computes_reads(problem, config):
+            cut.prepare()
         if config["fused"]:
             cut.chain(config, True, out, out["y"])
         else:
