@@ -3,6 +3,7 @@
 nox                   lint, types and every backend's tests
 nox -s demo           train a small Lattice model on this machine
 nox -s bench -- ARGS  benchmarks; ARGS go to pytest
+nox -s docs           the site, and every code block of it and of the README; `-- serve` shows it
 """
 
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "docs"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 
@@ -105,6 +106,18 @@ def demo(session: nox.Session) -> None:
     """Train byte-level language models on the standard library's source and compare them."""
     session.install(*PINS, "-e", ".[torch]", "matplotlib")
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site, warnings being errors, and run its code blocks; with ``serve`` build it and show it instead."""
+    session.install(*PINS, "-e", ".[torch,triton,flax,docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", "docs/built")
+    if "serve" in session.posargs:
+        session.run("python", "-m", "http.server", "--directory", "docs/built", "--bind", "127.0.0.1", "8000")
+        return
+    blocks = ("-p", "docs.blocks", "README.md", "docs", "--ignore", "docs/built")
+    session.run("python", "-m", "pytest", *blocks, *session.posargs, env=SHARED_CORES)
 
 
 @nox.session

@@ -23,5 +23,6 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"sequence-mixers {release}"
 html_static_path = ["static"]
+html_favicon = "static/icon.svg"
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"

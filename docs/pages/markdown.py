@@ -21,12 +21,14 @@ def link_papers(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that reads best."""
+    """Seconds in the unit that reads best, on one line."""
     if seconds >= 1:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+        return f"{seconds:.3g}\N{NO-BREAK SPACE}s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.3g}\N{NO-BREAK SPACE}ms"
+    return f"{seconds * 1e6:.3g}\N{NO-BREAK SPACE}µs"
 
 
 def quantity(number: float) -> str:
     """A whole number with its thousands apart."""
-    return f"{number:,.0f}".replace(",", " ")
+    return f"{number:,.0f}".replace(",", "\N{NO-BREAK SPACE}")

@@ -80,7 +80,9 @@ def _gpu(results: Results, mixer: str) -> list[Row]:
             theirs = duel["fla_ms"] and duel["fla_ms"] / 1e3
             peer = "" if mixer == "lattice" else "fla"
             kernel, seconds = duel["kernel"], duel["ours_ms"] / 1e3
-            found.append(Row(device, shape, PASSES[duel["pass"]], kernel, seconds, duel["floor_fraction"], peer, theirs))
+            found.append(
+                Row(device, shape, PASSES[duel["pass"]], kernel, seconds, duel["floor_fraction"], peer, theirs)
+            )
     return found
 
 

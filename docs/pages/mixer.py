@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import mixers
 from mixers import registry
+from mixers.check import forms
 from mixers.spec import Arg, MixerSpec, Sizes
 from pages import measured, support
 from pages.markdown import code, duration, link_papers, quantity, table
@@ -27,8 +28,8 @@ def index() -> str:
     ]
     return (
         "# The mixers\n\n"
-        "A page each, written from the mixer's specification and from what kernels declare and measure; the formulas of "
-        "all of them, side by side, are in [mathematics](../../mathematics.md).\n\n"
+        "A page each, written from the mixer's specification and from what kernels declare and measure; the formulas "
+        "of all of them, side by side, are in [mathematics](../../mathematics.md).\n\n"
         + table(["mixer", "what it is", "chunks"], lines)
         + "\n\n```{toctree}\n:hidden:\n\n"
         + "\n".join(mixers.names())
@@ -58,8 +59,8 @@ def page(spec: MixerSpec, results: measured.Results) -> str:
 
 
 AXES = (
-    "`B` batch, `T` tokens, `H` heads of values, `G` heads of keys (`H` is a multiple of it), `K` width of keys or number "
-    "of slots, `V` width of values, `N` sequences. `q`, `k` and `v` share a dtype; gates may be of any floating dtype."
+    "`B` batch, `T` tokens, `H` heads of values, `G` heads of keys (`H` is a multiple of it), `K` width of keys or "
+    "number of slots, `V` width of values, `N` sequences. `q`, `k` and `v` share a dtype; gates may be of any floating dtype."
 )
 
 
@@ -135,8 +136,8 @@ def chunks(spec: MixerSpec) -> str:
         )
     default = next(o for o in spec.options if o.name == "chunk_size").default
     text = (
-        "A chunk is part of the model: `chunk_size` is an option, it changes the result, and no tuner touches it unasked. "
-        f"The default is {default}"
+        "A chunk is part of the model: `chunk_size` is an option, it changes the result, and no tuner touches it "
+        f"unasked. The default is {default}"
     )
     if default == 1:
         return (
@@ -177,7 +178,7 @@ def _where(spec: MixerSpec) -> Iterator[str]:
     own = support.of_mixer(spec)
     if own:
         yield own
-    composed = [code(n) for n, backend in support.backends().items() if "composed" in support.forms(spec.name, backend)]
+    composed = [code(n) for n, b in support.backends().items() if "composed" in forms(b.kernels(), spec.name)]
     if composed:
         parts = [part.name for part, _ in mixers.get(spec.name).spec.parts(mixers.get(spec.name).options)]
         made = " and ".join(f"[`{part}`]({part}.md)" for part in parts)

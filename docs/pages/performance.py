@@ -87,8 +87,10 @@ def gpu(result: dict[str, Any]) -> str:
 def serving(result: dict[str, Any]) -> str:
     """One decoded token."""
     rows = (
-        [r["form"], str(r["batch"]), str(r["heads"]), str(r["width"]), f"{r['microseconds']:.1f} µs"]
-        + [f"{r['copy_fraction']:.0%}"]
+        [
+            *(r["form"], str(r["batch"]), str(r["heads"]), str(r["width"])),
+            *(f"{r['microseconds']:.1f} µs", f"{r['copy_fraction']:.0%}"),
+        ]
         for r in result["serving"]
     )
     return table(["call", "sequences", "heads", "width", "time", "of the copy rate"], rows)
@@ -97,8 +99,10 @@ def serving(result: dict[str, Any]) -> str:
 def cuda(result: dict[str, Any]) -> str:
     """Exact recurrences on the CUDA backend."""
     rows = [
-        [r["name"], duration(r["ours_ms"] / 1e3), f"{r['ns_a_token']:.0f} ns"]
-        + [duration(r["fla_ms"] / 1e3) if "fla_ms" in r else ""]
+        [
+            *(r["name"], duration(r["ours_ms"] / 1e3), f"{r['ns_a_token']:.0f} ns"),
+            duration(r["fla_ms"] / 1e3) if "fla_ms" in r else "",
+        ]
         for r in result["rows"]
         if "ours_ms" in r
     ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import mixers
 from mixers.backend import Backend, Kernel, installed
+from mixers.check import forms
 from mixers.problem import Flags, Problem
 from mixers.spec import MixerSpec, Sizes
 from pages.markdown import code, table
@@ -163,25 +164,12 @@ def refused(spec: MixerSpec) -> list[str]:
     return found
 
 
-def forms(name: str, backend: Backend) -> list[str]:
-    """How a backend runs a mixer: the forms of its kernels, or composed of the kernels of its parts."""
-    own = list(dict.fromkeys(k.form for k in backend.kernels() if name in k.mixers))
-    spec, options = mixers.get(name).spec, mixers.get(name).options
-    served = functools.partial(_serves, backend.kernels())
-    parts = spec.compose is not None and all(served(part.name) for part, _ in spec.parts(options))
-    return own + ["composed"] * bool(parts)
-
-
-def _serves(found: tuple[Kernel, ...], name: str) -> bool:
-    return any(name in kernel.mixers for kernel in found)
-
-
 def overview() -> str:
     """Mixers × backends."""
     names = backends()
     lines = []
     for name in mixers.names():
         chunks = "exact" if mixers.get_spec(name).exact_in_chunks else "part of the model"
-        cells = (", ".join(forms(name, backend)) or "no" for backend in names.values())
+        cells = (", ".join(forms(backend.kernels(), name)) or "no" for backend in names.values())
         lines.append([f"[`{name}`](mixers/{name}.md)", chunks, *cells])
     return table(["mixer", "chunks", *map(code, names)], lines) + "\n"
