@@ -43,8 +43,8 @@ def declared_table() -> str:
         spec = mixers.get_spec(name)
         takes = [f"`{a.name}`" + (" (optional)" if a.optional else "") for a in (*spec.inputs[3:], *spec.parameters)]
         chunk = "exact" if spec.exact_in_chunks else "part of the model"
-        forms = [forms(kernels, name) for kernels in backends.values()]
-        rows.append([f"`{name}`", ", ".join(takes), chunk, "yes", *(", ".join(form) or "no" for form in forms)])
+        ways = [forms(kernels, name) for kernels in backends.values()]
+        rows.append([f"`{name}`", ", ".join(takes), chunk, "yes", *(", ".join(form) or "no" for form in ways)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

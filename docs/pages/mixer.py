@@ -60,7 +60,8 @@ def page(spec: MixerSpec, results: measured.Results) -> str:
 
 AXES = (
     "`B` batch, `T` tokens, `H` heads of values, `G` heads of keys (`H` is a multiple of it), `K` width of keys or "
-    "number of slots, `V` width of values, `N` sequences. `q`, `k` and `v` share a dtype; gates may be of any floating dtype."
+    "number of slots, `V` width of values, `N` sequences. `q`, `k` and `v` share a dtype; gates may be of any floating "
+    "dtype."
 )
 
 
