@@ -3,6 +3,7 @@
 nox                   lint, types and every backend's tests
 nox -s demo           train a small Lattice model on this machine
 nox -s bench -- ARGS  benchmarks; ARGS go to pytest
+nox -s dist           the wheel and the source archive, the same bytes from the same commit, into dist/
 nox -s docs           the site, and every code block of it and of the README; `-- serve` shows it
 """
 
@@ -99,6 +100,14 @@ def types(session: nox.Session) -> None:
         session.install("--force-reinstall", "--no-deps", str(wheel))  # of the same version, yet another one
         with session.chdir(elsewhere):
             session.run("mypy", "--strict", "-p", "mixers", "--config-file", str(settings))
+
+
+@nox.session
+def dist(session: nox.Session) -> None:
+    """The wheel and the source archive of this commit, dated as it is."""
+    session.install(*PINS, "build")
+    date = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True)
+    session.run("python", "-m", "build", env={"SOURCE_DATE_EPOCH": str(date).strip()})
 
 
 @nox.session
