@@ -133,4 +133,4 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Benchmarks beside what a user would write instead."""
     session.install(*PINS, "-e", ".[torch,jax,bench]")
-    session.run("pytest", "benchmarks", *session.posargs)
+    session.run("pytest", "benchmarks/test_mixers.py", "--benchmark-autosave", *session.posargs)
