@@ -10,6 +10,7 @@ from benchmarks import floor, inputs, memory, ours, peers, report, timing
 from benchmarks.case import Case
 
 _winners: dict[tuple[Any, ...], str] = {}
+_longest: dict[tuple[Case, ours.Way], tuple[int, float]] = {}
 
 
 def fastest_peer(case: Case, arrays: inputs.Arrays) -> tuple[str, peers.Run | None]:
@@ -24,18 +25,10 @@ def fastest_peer(case: Case, arrays: inputs.Arrays) -> tuple[str, peers.Run | No
     return winner, runs[winner]
 
 
-def expected(case: Case, way: ours.Way, rows: list[report.Row]) -> float:
-    """Seconds that a case may take, by the longest that was measured of the same; 0 where nothing is known."""
-    same = [
-        r for r in rows if dataclasses.replace(r.case, length=case.length) == case and r.way.startswith(way.backend)
-    ]
-    if way.backend == "auto":
-        same = [r for r in rows if dataclasses.replace(r.case, length=case.length) == case]
-    if not same:
-        return 0.0
-    last = max(same, key=lambda row: row.case.length)
-    grows = 2 if case.spec.reserve is not None else 1
-    return last.ours.median * (case.length / last.case.length) ** grows
+def expected(case: Case, way: ours.Way) -> float:
+    """Seconds that a call may take, by the longest that was measured of the same; 0 where nothing is known."""
+    length, seconds = _longest.get((dataclasses.replace(case, length=0), way), (case.length, 0.0))
+    return seconds * (case.length / length) ** (2 if case.spec.reserve is not None else 1)
 
 
 def test_mixer(
@@ -48,9 +41,10 @@ def test_mixer(
     limit: float,
     with_peers: bool,
 ) -> None:
-    seconds = expected(case, way, rows)
+    seconds = expected(case, way)
     if seconds > limit:
-        left_out.append(f"{case.mixer} {case.label}, {case.kind}: a call would take {seconds:.0f} s (--limit)")
+        would = f"a call would take {report.duration(seconds)}, and --limit is {report.duration(limit)}"
+        left_out.append(f"{case.mixer} {case.label} {way.name}, {case.kind}: {would}")
         pytest.skip(left_out[-1])
     arrays = inputs.draw(case.spec, case.sizes, optional=case.optional)
     run = ours.build(case, arrays, way)
@@ -60,6 +54,7 @@ def test_mixer(
     rates = floor.measure(case.device, case.dtype)
     row = report.Row(case, ours.runs(case, arrays, way), timings["ours"], name, timings.get("peer"), rates, used)
     rows.append(row)
+    _longest[dataclasses.replace(case, length=0), way] = case.length, row.ours.median
     benchmark.group = f"{case.mixer} {case.kind}"
     benchmark.extra_info.update(row.record())
     calls = max(1, int(0.03 / row.ours.median))
