@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 project = "sequence-mixers"
+copyright = "the sequence-mixers maintainers, Apache-2.0"
 release = version = metadata.version("sequence-mixers")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "pages"]
 exclude_patterns = ["built", "made/**.part.md"]
