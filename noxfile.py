@@ -3,7 +3,7 @@
 nox                   lint, types, every backend's tests, and with those of jax the site and its code blocks
 nox -s demo           train a small Lattice model on this machine
 nox -s bench -- ARGS  benchmarks; ARGS go to pytest
-nox -s dist           the wheel and the source archive, the same bytes from the same commit, into dist/
+nox -s dist           wheel and source archive into dist/; the wheel is the same bytes from the same commit
 nox -s docs           the site, and every code block of it and of the README; `-- serve` shows it
 """
 
