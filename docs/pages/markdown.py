@@ -1,6 +1,7 @@
 """Tables and links of Markdown."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -18,6 +19,19 @@ def code(text: object) -> str:
 def link_papers(text: str) -> str:
     """Every ``arXiv 2504.05646`` as a link."""
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def docstring(text: str) -> str:
+    """A docstring: what is indented stays as it is set, the rest is prose."""
+    found: list[str] = []
+    for block in text.split("\n\n"):
+        if not all(line.startswith("    ") for line in block.splitlines()):
+            found.append(link_papers(block.replace("``", "`").replace("*", "\\*")))
+        elif found and found[-1].endswith("\n```"):
+            found[-1] = found[-1].removesuffix("\n```") + f"\n\n{textwrap.dedent(block)}\n```"
+        else:
+            found.append(f"```text\n{textwrap.dedent(block)}\n```")
+    return "\n\n".join(found)
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from mixers import registry
 from mixers.check import forms
 from mixers.spec import Arg, MixerSpec, Sizes
 from pages import measured, support
-from pages.markdown import code, duration, link_papers, quantity, table
+from pages.markdown import code, docstring, duration, link_papers, quantity, table
 
 EXAMPLE = {"T": 256, "H": 4, "K": 32, "V": 32}
 
@@ -70,7 +70,7 @@ def _family(spec: MixerSpec) -> str:
     module = next(family for family in registry._FAMILIES if spec in family.SPECS)
     text = inspect.cleandoc(sys.modules[module.__name__].__doc__ or "")
     name = module.__name__.replace(".", "/")
-    return f"In the words of `{name}.py`, which defines it:\n\n```text\n{text}\n```"
+    return f"In the words of `{name}.py`, which defines it:\n\n{docstring(text)}"
 
 
 def _argument(arg: Arg) -> list[str]:
