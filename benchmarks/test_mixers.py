@@ -9,8 +9,9 @@ import pytest
 from benchmarks import floor, inputs, memory, ours, peers, report, timing
 from benchmarks.case import Case
 
+PEER = "peer"
 _winners: dict[tuple[Any, ...], str] = {}
-_longest: dict[tuple[Case, ours.Way], tuple[int, float]] = {}
+_longest: dict[tuple[Case, ours.Way | str], tuple[int, float]] = {}
 
 
 def fastest_peer(case: Case, arrays: inputs.Arrays) -> tuple[str, peers.Run | None]:
@@ -25,8 +26,8 @@ def fastest_peer(case: Case, arrays: inputs.Arrays) -> tuple[str, peers.Run | No
     return winner, runs[winner]
 
 
-def expected(case: Case, way: ours.Way) -> float:
-    """Seconds that a call may take, by the longest that was measured of the same; 0 where nothing is known."""
+def expected(case: Case, way: ours.Way | str) -> float:
+    """Seconds that a call of ours or a peer may take, by the longest that was measured; 0 where nothing is known."""
     length, seconds = _longest.get((dataclasses.replace(case, length=0), way), (case.length, 0.0))
     return seconds * (case.length / length) ** (2 if case.spec.reserve is not None else 1)
 
@@ -49,12 +50,18 @@ def test_mixer(
     arrays = inputs.draw(case.spec, case.sizes, optional=case.optional)
     run = ours.build(case, arrays, way)
     used = memory.peak(run, case.device) if timing.wait(run()) is not None else None
-    name, peer = fastest_peer(case, arrays) if with_peers else ("", None)
+    slow = expected(case, PEER) > limit
+    name, peer = fastest_peer(case, arrays) if with_peers and not slow else ("", None)
     timings = timing.alternate({"ours": run} | ({"peer": peer} if peer else {}), rounds)
     rates = floor.measure(case.device, case.dtype)
     row = report.Row(case, ours.runs(case, arrays, way), timings["ours"], name, timings.get("peer"), rates, used)
     rows.append(row)
-    _longest[dataclasses.replace(case, length=0), way] = case.length, row.ours.median
+    if slow:
+        left_out.append(f"the peer of {case.mixer} {case.label}, {case.kind}: it would take longer than --limit")
+    same = dataclasses.replace(case, length=0)
+    _longest[same, way] = case.length, row.ours.median
+    if row.theirs:
+        _longest[same, PEER] = case.length, row.theirs.median
     benchmark.group = f"{case.mixer} {case.kind}"
     benchmark.extra_info.update(row.record())
     calls = max(1, int(0.03 / row.ours.median))
