@@ -1,8 +1,10 @@
 """Environments and what runs in them, with the versions of constraints.txt.
 
-nox                   lint, types and every backend's tests
+nox                   lint, types, every backend's tests, and with those of jax the site and its code blocks
 nox -s demo           train a small Lattice model on this machine
 nox -s bench -- ARGS  benchmarks; ARGS go to pytest
+nox -s dist           wheel and source archive into dist/; the wheel is the same bytes from the same commit
+nox -s docs           the site, and every code block of it and of the README; `-- serve` shows it
 """
 
 import os
@@ -38,10 +40,12 @@ IN_XLA = (
     *("--share", "512", "--most", "20000", "-k", "test_jax or test_nnx or imports or float32 and not jax/steps"),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
+# The site asks every backend's kernels and runs blocks of every library; it is built where most of these are at hand.
+SITE = "[torch,triton,flax,docs]"
 TESTS = {
     "numba": ("", ("tests", "--backend", "reference", "--backend", "numba", "--share", "64")),
     "torch": ("[torch]", ("tests", "--share", "512", *WITHOUT_TORCH)),
-    "jax": ("[torch,flax]", IN_XLA),
+    "jax": (SITE, IN_XLA),
     "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "144")),
     "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "96")),
 }
@@ -64,6 +68,9 @@ def tests(session: nox.Session, backend: str) -> None:
     session.run(*run, *session.posargs, env=SHARED_CORES | SIMULATORS.get(backend, {}))
     if backend == "cuda":
         compile_cuda(session, "-k", COMPILED)
+    if backend == "jax":
+        build_site(session)
+        run_blocks(session)
 
 
 @nox.session
@@ -101,6 +108,14 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def dist(session: nox.Session) -> None:
+    """The wheel and the source archive of this commit, dated as it is."""
+    session.install(*PINS, "build")
+    date = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True)
+    session.run("python", "-m", "build", env={"SOURCE_DATE_EPOCH": str(date).strip()})
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Train byte-level language models on the standard library's source and compare them."""
     session.install(*PINS, "-e", ".[torch]", "matplotlib")
@@ -108,7 +123,29 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site, warnings being errors, and run its code blocks; with ``serve`` build it and show it instead."""
+    session.install(*PINS, "-e", f".{SITE}")
+    build_site(session)
+    if "serve" in session.posargs:
+        session.run("python", "-m", "http.server", "--directory", "docs/built", "--bind", "127.0.0.1", "8000")
+    else:
+        run_blocks(session)
+
+
+def build_site(session: nox.Session) -> None:
+    """The site in ``docs/built``; a warning is an error."""
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", "docs/built")
+
+
+def run_blocks(session: nox.Session) -> None:
+    """Every Python block of the README and of the site."""
+    blocks = ("-p", "docs.blocks", "README.md", "docs", "--ignore", "docs/built")
+    session.run("python", "-m", "pytest", *blocks, env=SHARED_CORES)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks beside what a user would write instead."""
     session.install(*PINS, "-e", ".[torch,jax,bench]")
-    session.run("pytest", "benchmarks", *session.posargs)
+    session.run("pytest", "benchmarks/test_mixers.py", "--benchmark-autosave", *session.posargs)

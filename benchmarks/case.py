@@ -24,7 +24,7 @@ class Case:
     Attributes:
         mixer: as in ``mixers.get(name)``.
         batch: sequences.
-        length: tokens; a step takes one of them.
+        length: tokens; a step is the last of them.
         heads: heads of values, and of keys unless ``key_heads`` says otherwise.
         key_dim: width of queries and keys.
         value_dim: width of values.
@@ -91,7 +91,7 @@ class Case:
         """
         sizes, spec = self.sizes, self.spec
         if self.kind == STEP:
-            sizes = dataclasses.replace(sizes, T=1)
+            sizes = dataclasses.replace(sizes, T=1, M=self.length - 1)
         given = {a.name: " ".join(a.layouts[0]) for a in spec.inputs if not a.optional or a.name in self.optional}
         moved = traffic(spec, sizes, self.option, self.dtype, given)
         return moved[FORWARD] + (moved[BACKWARD] if self.kind == TRAIN else 0.0)

@@ -8,17 +8,7 @@ import sys
 import time
 from typing import Any
 
-
-def status(field: str) -> int:
-    """A field of ``/proc/self/status`` in bytes: ``VmRSS`` now, ``VmHWM`` at its highest.
-
-    Not ``ru_maxrss``: under Linux a child inherits its parent's.
-    """
-    with open("/proc/self/status") as lines:
-        for line in lines:
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+from benchmarks.memory import forget_peak, status
 
 
 def memory(mixer: str, length: int, heads: int, width: int) -> dict[str, Any]:
@@ -60,7 +50,7 @@ def memory(mixer: str, length: int, heads: int, width: int) -> dict[str, Any]:
     del traced
     gc.collect()
 
-    _forget_peak()
+    forget_peak()
     before = status("VmRSS")
     results = train(arrays)
     peak = status("VmHWM")
@@ -71,15 +61,6 @@ def memory(mixer: str, length: int, heads: int, width: int) -> dict[str, Any]:
         "extra_bytes": max(peak - before - returned, 0),
         "extra_bytes_traced": max(allocated - returned, 0),
     }
-
-
-def _forget_peak() -> None:
-    """Start ``VmHWM`` anew; where the kernel does not let us, an earlier and higher peak counts against us."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
 
 
 def start(mixer: str) -> dict[str, Any]:

@@ -1,7 +1,11 @@
 """Options of the benchmarks, what they are run on, and the report at the end."""
 
 import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,11 @@ from typing import Any
 import pytest
 
 import mixers
-from benchmarks import ours, report
+from benchmarks import floor, ours, page, report
 from benchmarks.case import PASSES, STEP, Case
 
 ROWS: pytest.StashKey[list[report.Row]] = pytest.StashKey()
+LEFT_OUT: pytest.StashKey[list[str]] = pytest.StashKey()
 DEFAULTS = {
     "mixers": "all",
     "lengths": "1024:4096",
@@ -20,11 +25,13 @@ DEFAULTS = {
     "heads": 8,
     "width": 64,
     "dtype": "float32",
-    "device": "cpu",
+    "device": "auto",
     "backend": [],
+    "ways": "chosen",
     "passes": "all",
     "peers": "fastest",
     "rounds": 7,
+    "limit": 2.0,
     "report": "runs/bench",
 }
 
@@ -39,12 +46,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "heads": "heads",
         "width": "width of keys and values",
         "dtype": "float32, float64, bfloat16 or float16",
-        "device": "cpu or cuda",
-        "backend": "a backend, may be repeated; reference is timed only when named; all that are installed",
+        "device": "cpu, cuda, or auto: cuda where torch finds it",
+        "backend": "a backend, may be repeated; reference is timed only when named; what auto takes, or all installed",
+        "ways": "chosen (the kernel that a user gets) or all (every kernel that can)",
         "passes": "some of forward,forward_backward,step",
         "peers": "fastest (a short race, then in turns with ours) or none",
         "rounds": "turns of each",
-        "report": "folder of table and pictures",
+        "limit": "seconds a call may take: what would take more, by a shorter sequence, is left out",
+        "report": "folder of rows and page",
     }
     for name, default in DEFAULTS.items():
         how: dict[str, Any] = {"action": "append"} if isinstance(default, list) else {"type": type(default)}
@@ -72,19 +81,33 @@ def lengths(text: str) -> list[int]:
     return found
 
 
+def device(config: pytest.Config) -> str:
+    """Where to run."""
+    asked = str(_option(config, "device"))
+    if asked != "auto":
+        return asked
+    if importlib.util.find_spec("torch") is None:
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def cases(config: pytest.Config) -> Iterator[tuple[Case, ours.Way]]:
     """Every mixer in every way, pass and length."""
     backends = _option(config, "backend") or None
+    find = ours.ways if _option(config, "ways") == "all" else ours.chosen
     width, batch, heads = (_option(config, name) for name in ("width", "batch", "heads"))
     for mixer in _list(config, "mixers", mixers.names()):
         spec = mixers.get_spec(mixer)
         exact = {o.name: o.default for o in spec.options}.get("chunk_size") == 1
         for options in ((), (("chunk_size", 16),)) if exact else ((),):
             for kind in _list(config, "passes", PASSES):
-                for length in [1] if kind == STEP else lengths(_option(config, "lengths")):
-                    dtype, device = _option(config, "dtype"), _option(config, "device")
-                    case = Case(mixer, batch, length, heads, width, width, kind, options, dtype, device)
-                    for way in ours.ways(case, backends):
+                several = lengths(_option(config, "lengths"))
+                for length in several[:1] if kind == STEP else several:
+                    dtype, where = _option(config, "dtype"), device(config)
+                    case = Case(mixer, batch, length, heads, width, width, kind, options, dtype, where)
+                    for way in find(case, backends):
                         yield case, way
 
 
@@ -98,13 +121,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Rows gather here."""
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[LEFT_OUT] = [], []
 
 
 @pytest.fixture
 def rows(request: pytest.FixtureRequest) -> list[report.Row]:
     """The report's rows."""
     return request.config.stash[ROWS]
+
+
+@pytest.fixture
+def left_out(request: pytest.FixtureRequest) -> list[str]:
+    """Cases that were not run, with reasons."""
+    return request.config.stash[LEFT_OUT]
+
+
+@pytest.fixture
+def limit(request: pytest.FixtureRequest) -> float:
+    """Seconds that a call may take."""
+    return float(_option(request.config, "limit"))
 
 
 @pytest.fixture
@@ -120,7 +155,7 @@ def with_peers(request: pytest.FixtureRequest) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The table; and in a folder the same as JSON, and pictures."""
+    """The table; and in a folder the same as JSON, and as a page with pictures."""
     rows = config.stash.get(ROWS, [])
     if not rows:
         return
@@ -134,9 +169,28 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         f"\nfloor: {rates.copy / 1e9:.1f} GB/s copied, {rates.matmul / 1e9:.0f} GFLOP/s in a matrix product, measured "
         "here; ratio: the peer's time over ours, in turns in this process; ±: half the quartiles' distance"
     )
-    try:
-        pictures = report.plot(rows, folder)
-    except ImportError:
-        terminalreporter.write_line("no pictures: pip install matplotlib")
-    else:
-        terminalreporter.write_line("pictures: " + ", ".join(map(str, pictures)))
+    left_out = config.stash[LEFT_OUT]
+    for line in left_out:
+        terminalreporter.write_line(f"left out: {line}")
+    written = folder / "mixers.html"
+    written.write_text(page.page(rows, machine(config), left_out))
+    terminalreporter.write_line(f"page: {written}")
+
+
+def machine(config: pytest.Config) -> str:
+    """What ran, on what, when."""
+    found = [name for name in ("sequence-mixers", "numpy", "numba", "torch", "triton", "jax") if _version(name)]
+    versions = ", ".join(f"{name} {_version(name)}" for name in found)
+    name = f"{platform.machine()}, {floor.cores()} cores"
+    if device(config) == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name()
+    command = " ".join(["pytest", *config.invocation_params.args])
+    return f"{name}, {datetime.date.today()}, {versions}: {command}"
+
+
+def _version(name: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return ""

@@ -25,11 +25,12 @@ class Way:
 
     backend: str
     kernel: Kernel | None = None
+    arrays: str = ""
 
     @property
     def library(self) -> str:
         """Whose arrays it is timed on."""
-        return own_library(self.kernel)
+        return self.arrays or own_library(self.kernel)
 
     @property
     def name(self) -> str:
@@ -41,6 +42,23 @@ class Way:
         if self.kernel is None:
             return mixers.get(case.mixer, backend=self.backend, **dict(case.options))
         return Pinned(case.spec, self.backend, self.kernel, dict(case.options))
+
+
+def chosen(case: Case, backends: list[str] | None = None) -> Iterator[Way]:
+    """What a user gets on this device from ``backend="auto"``, or from each backend that is named."""
+    for name in backends or ["auto"]:
+        if name == REFERENCE and (case.kind == TRAIN or case.length > REFERENCE_TOKENS):
+            continue
+        library = "jax" if name == "jax" else "numpy" if case.device == "cpu" else "torch"
+        yield Way(name, arrays=library)
+
+
+def runs(case: Case, arrays: Arrays, way: Way) -> str:
+    """The kernel that a way comes to, as ``numba/lattice.recurrent``."""
+    if way.kernel is not None or case.spec.compose is not None:
+        return way.name
+    x = {n: a for n, a in convert(arrays, way.library, case.dtype, case.device).items() if n != "dy"}
+    return way.mixer(case).explain(**x, grad=case.kind == TRAIN).chosen.name
 
 
 def ways(case: Case, backends: list[str] | None = None) -> Iterator[Way]:
@@ -74,8 +92,9 @@ def build(case: Case, arrays: Arrays, way: Way) -> Run:
     x = convert(arrays, way.library, case.dtype, case.device)
     dy = x.pop("dy")
     if case.kind == STEP:
-        token = {name: a[:, 0] for name, a in x.items()}
-        state = mix.step(**token).state
+        timed = {a.name for a in case.spec.inputs}
+        token = {name: a[:, -1] if name in timed else a for name, a in x.items()}
+        state = mix(**x).state if case.length > 1 else mix.step(**token).state
         return _step(mix, token, state)
     if case.kind == FORWARD:
         return lambda: mix(**x)

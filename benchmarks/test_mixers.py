@@ -1,12 +1,17 @@
 """Every mixer in every backend, form and pass, beside the fastest of its peers."""
 
+import dataclasses
 import functools
 from typing import Any
 
-from benchmarks import floor, inputs, ours, peers, report, timing
+import pytest
+
+from benchmarks import floor, inputs, memory, ours, peers, report, timing
 from benchmarks.case import Case
 
+PEER = "peer"
 _winners: dict[tuple[Any, ...], str] = {}
+_longest: dict[tuple[Case, ours.Way | str], tuple[int, float]] = {}
 
 
 def fastest_peer(case: Case, arrays: inputs.Arrays) -> tuple[str, peers.Run | None]:
@@ -21,15 +26,42 @@ def fastest_peer(case: Case, arrays: inputs.Arrays) -> tuple[str, peers.Run | No
     return winner, runs[winner]
 
 
+def expected(case: Case, way: ours.Way | str) -> float:
+    """Seconds that a call of ours or a peer may take, by the longest that was measured; 0 where nothing is known."""
+    length, seconds = _longest.get((dataclasses.replace(case, length=0), way), (case.length, 0.0))
+    return seconds * (case.length / length) ** (2 if case.spec.reserve is not None else 1)
+
+
 def test_mixer(
-    benchmark: Any, case: Case, way: ours.Way, rows: list[report.Row], rounds: int, with_peers: bool
+    benchmark: Any,
+    case: Case,
+    way: ours.Way,
+    rows: list[report.Row],
+    left_out: list[str],
+    rounds: int,
+    limit: float,
+    with_peers: bool,
 ) -> None:
+    seconds = expected(case, way)
+    if seconds > limit:
+        would = f"a call would take {report.duration(seconds)}, and --limit is {report.duration(limit)}"
+        left_out.append(f"{case.mixer} {case.label} {way.name}, {case.kind}: {would}")
+        pytest.skip(left_out[-1])
     arrays = inputs.draw(case.spec, case.sizes, optional=case.optional)
     run = ours.build(case, arrays, way)
-    name, peer = fastest_peer(case, arrays) if with_peers else ("", None)
+    used = memory.peak(run, case.device) if timing.wait(run()) is not None else None
+    slow = expected(case, PEER) > limit
+    name, peer = fastest_peer(case, arrays) if with_peers and not slow else ("", None)
     timings = timing.alternate({"ours": run} | ({"peer": peer} if peer else {}), rounds)
-    row = report.Row(case, way.name, timings["ours"], name, timings.get("peer"), floor.measure(case.device, case.dtype))
+    rates = floor.measure(case.device, case.dtype)
+    row = report.Row(case, ours.runs(case, arrays, way), timings["ours"], name, timings.get("peer"), rates, used)
     rows.append(row)
+    if slow:
+        left_out.append(f"the peer of {case.mixer} {case.label}, {case.kind}: it would take longer than --limit")
+    same = dataclasses.replace(case, length=0)
+    _longest[same, way] = case.length, row.ours.median
+    if row.theirs:
+        _longest[same, PEER] = case.length, row.theirs.median
     benchmark.group = f"{case.mixer} {case.kind}"
     benchmark.extra_info.update(row.record())
     calls = max(1, int(0.03 / row.ours.median))

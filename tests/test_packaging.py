@@ -1,6 +1,7 @@
 """The package as it is installed: what the wheel holds, what importing costs, how backends are found."""
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -38,10 +39,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "stray").mkdir()
     (source / "stray" / "__init__.py").touch()
     target = tmp_path_factory.mktemp("wheel")
+    return build(source, target)
+
+
+def build(source: Path, target: Path) -> Path:
+    """The wheel of some source, dated as a release is: ``nox -s dist``."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(target), str(source)]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"})
     (built,) = target.glob("*.whl")
     return built
+
+
+def test_the_same_source_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    source = tmp_path / "elsewhere"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "__pycache__", "*.egg-info"))
+    os.utime(source / "mixers" / "spec.py", (1_800_000_000, 1_800_000_000))
+    assert build(source, tmp_path / "wheel").read_bytes() == wheel.read_bytes()
 
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
@@ -92,13 +105,21 @@ def test_a_numpy_call_on_the_reference_imports_no_other_library(tmp_path: Path) 
 def test_version_stands_in_one_place() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert mixers.__version__ == declared == importlib.metadata.version("sequence-mixers")
+    assert f"## {declared}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_pins_are_what_the_library_accepts() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in (*project["dependencies"], *extras["torch"], *extras["jax"], *extras["bench"], *extras["dev"]):
+    for text in (
+        *project["dependencies"],
+        *extras["torch"],
+        *extras["jax"],
+        *extras["bench"],
+        *extras["docs"],
+        *extras["dev"],
+    ):
         wanted = Requirement(text)
         pin = pins.get(wanted.name, pins.get(wanted.name.replace("-", "_")))
         assert pin is not None, f"constraints.txt does not pin {wanted.name}"

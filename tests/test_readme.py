@@ -1,46 +1,16 @@
-"""What the README prints is true: its code runs as printed, its table is what specifications and kernels declare."""
+"""The README's table is what specifications and kernels declare. docs/blocks.py runs the code."""
 
 import contextlib
 import functools
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
 import mixers
-from mixers.backend import Kernel, installed
+from mixers.backend import installed
+from mixers.check import forms
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-ADD = next(i for i, block in enumerate(BLOCKS) if "mixers.register(" in block)
-
-# The kernel's page continues the mixer's.
-PROGRAMS = [*BLOCKS[:ADD], "\n".join(BLOCKS[ADD:])]
-
-
-def _title(program: str) -> str:
-    return "extend" if "mixers.register(" in program else re.findall(r'mixers\.get\("(\w+)"', program)[0]
-
-
-@pytest.mark.parametrize("program", PROGRAMS, ids=[f"{i}-{_title(p)}" for i, p in enumerate(PROGRAMS)])
-def test_examples_run_as_printed(program: str, tmp_path: Path) -> None:
-    for library in ("torch", "jax"):
-        if f"import {library}\n" in program:
-            pytest.importorskip(library)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for printed in re.findall(r"^print\(.*?\)\s+# (\(.*)$", program, flags=re.MULTILINE):
-        assert printed in done.stdout
-
-
-def test_there_are_examples_for_torch_numpy_streaming_jax_and_extending() -> None:
-    assert len(PROGRAMS) == 5
-    assert ["import torch" in program for program in PROGRAMS] == [True, False, False, False, False]
-    assert "mix.step(" in PROGRAMS[2]
-    assert "import jax" in PROGRAMS[3]
 
 
 @functools.cache
@@ -61,14 +31,6 @@ def without(table: str, columns: set[str]) -> str:
     return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in rows)
 
 
-def forms_of(name: str, kernels: tuple[Kernel, ...]) -> list[str]:
-    """How a backend runs a mixer: the forms of its kernels, or composed of the kernels of its parts."""
-    own = list(dict.fromkeys(k.form for k in kernels if name in k.mixers))
-    spec, options = mixers.get(name).spec, mixers.get(name).options
-    parts = spec.compose is not None and all(any(p.name in k.mixers for k in kernels) for p, _ in spec.parts(options))
-    return own + ["composed"] * bool(parts)
-
-
 def declared_table() -> str:
     """Mixers × backends as the README prints it."""
     ours = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["entry-points"]["mixers.backends"]
@@ -81,8 +43,8 @@ def declared_table() -> str:
         spec = mixers.get_spec(name)
         takes = [f"`{a.name}`" + (" (optional)" if a.optional else "") for a in (*spec.inputs[3:], *spec.parameters)]
         chunk = "exact" if spec.exact_in_chunks else "part of the model"
-        forms = [forms_of(name, kernels) for kernels in backends.values()]
-        rows.append([f"`{name}`", ", ".join(takes), chunk, "yes", *(", ".join(form) or "no" for form in forms)])
+        ways = [forms(kernels, name) for kernels in backends.values()]
+        rows.append([f"`{name}`", ", ".join(takes), chunk, "yes", *(", ".join(form) or "no" for form in ways)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

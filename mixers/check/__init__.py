@@ -17,6 +17,7 @@ from mixers.arrays.evaluate import dtypes
 from mixers.backend import Kernel, Support, installed
 from mixers.call import Call
 from mixers.cases import Setting, hard_settings, settings
+from mixers.mixer import get
 from mixers.problem import Flags
 from mixers.registry import get_spec, names
 from mixers.spec import MixerSpec
@@ -24,7 +25,7 @@ from mixers.spec import MixerSpec
 from .laws import LAWS, Case
 from .truth import autodiff
 
-__all__ = ["DEVICES", "LAWS", "Case", "cases", "fitted", "kernels", "own_dtypes", "own_library", "supported"]
+__all__ = ["DEVICES", "LAWS", "Case", "cases", "fitted", "forms", "kernels", "own_dtypes", "own_library", "supported"]
 
 DEVICES = ("cpu", "cuda")
 
@@ -35,6 +36,15 @@ def kernels(backend: str, mixer: str) -> tuple[Kernel | None, ...]:
         return (None,)
     found = installed()[backend]
     return tuple(k for k in found.kernels() if mixer in k.mixers) if found.status() else ()
+
+
+def forms(kernels: tuple[Kernel, ...], mixer: str) -> list[str]:
+    """How kernels run a mixer: their forms, or composed where they run all that it is made of."""
+    own = list(dict.fromkeys(k.form for k in kernels if mixer in k.mixers))
+    made = get(mixer)
+    parts = [part.name for part, _ in made.spec.parts(made.options)]
+    whole = made.spec.compose is not None and all(any(part in k.mixers for k in kernels) for part in parts)
+    return own + ["composed"] * whole
 
 
 def supported(
