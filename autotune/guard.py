@@ -80,7 +80,7 @@ def small(problem: Problem) -> Setting:
     """The reduced problem."""
     groups, heads, key_dim, value_dim = problem.widths
     share = max(1, heads // max(groups, 1))
-    chunk = problem.option.get("chunk_size", 1)
+    chunk = problem.spec.chunk(problem.option)
     tokens = 1 if problem.single else max(TOKENS, 2 * chunk + 3 if chunk <= 128 else chunk + 3)
     lengths = (tokens, 1) if problem.packed and not problem.single else (tokens, tokens)
     axes = {"q": "B T G K", "k": "B T G K", "v": "B T H V"}

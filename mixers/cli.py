@@ -80,7 +80,7 @@ def explain(
     """Every way to run a call of this shape: the one that is chosen, and why the others are not."""
     try:
         mix = mixers.get(name, **dict(_option(text) for text in option or ()))
-        sizes = _sizes(shape, mix.spec, mix.options.get("chunk_size", 1))
+        sizes = _sizes(shape, mix.spec, mix.spec.chunk(mix.options))
         like = _like(library, dtype)
         to = library_of(like, "q").from_numpy
         x = {

@@ -216,7 +216,7 @@ def first_state(spec: MixerSpec, options: Any, widths: tuple[int, int, int, int]
     """The first state of one sequence, on the host."""
     groups, heads, key_dim, value_dim = widths
     chosen = dict(options)
-    sizes = Sizes(B=1, T=0, G=groups, H=heads, K=key_dim, V=value_dim, N=1, C=chosen.get("chunk_size", 1))
+    sizes = Sizes(B=1, T=0, G=groups, H=heads, K=key_dim, V=value_dim, N=1, C=spec.chunk(chosen))
     fields = spec.state(chosen).fields
     return [
         np.array(first, "int32" if f.counter else dtype)

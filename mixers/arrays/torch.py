@@ -271,7 +271,7 @@ def _find_kernel(key: str, dtype: str, device: str, key_dim: int, value_dim: int
     problem = Problem.of(
         spec,
         options,
-        Sizes(B=1, T=2, G=1, H=1, K=key_dim, V=value_dim, N=1, C=options.get("chunk_size", 1)),
+        Sizes(B=1, T=2, G=1, H=1, K=key_dim, V=value_dim, N=1, C=spec.chunk(options)),
         Flags(checkpoint_every=checkpoint_every),
         layouts=tuple((a.name, " ".join(a.layouts[0])) for a in (*spec.inputs[3:], *spec.parameters)),
         dtype=dtype.removeprefix("torch."),
@@ -484,7 +484,7 @@ def _sizes(spec: MixerSpec, options: Any, x: Arrays) -> Sizes:
         K=bound["K"],
         V=bound.get("V", bound["K"]),
         N=bound["B"] if offsets is None else offsets.shape[0] - 1,
-        C=options.get("chunk_size", 1),
+        C=spec.chunk(options),
         M=bound.get("M", 0),
     )
 
@@ -562,7 +562,7 @@ def _first_state(
     """The first state of one sequence, copied to a device once: a call that does so could be captured in no graph."""
     groups, heads, key_dim, value_dim = widths
     chosen = dict(options)
-    sizes = Sizes(B=1, T=0, G=groups, H=heads, K=key_dim, V=value_dim, N=1, C=chosen.get("chunk_size", 1))
+    sizes = Sizes(B=1, T=0, G=groups, H=heads, K=key_dim, V=value_dim, N=1, C=spec.chunk(chosen))
     fields = spec.state(chosen).fields
     with torch.inference_mode(False):
         return tuple(
