@@ -341,13 +341,15 @@ class Mixer:
             key_heads: key heads, for a grouped cache; ``heads`` by default.
             like: an array whose library and device the state takes; float64 where it is. NumPy by default.
         """
+        from mixers.arrays.numpy import first_state
+
         like = np.empty(0, np.float32) if like is None else like
         library = library_of(like, "like")
         compute = "float64" if library.dtype(like) == "float64" else "float32"
         sizes = _sizes(self, batch, heads, key_dim, value_dim, key_heads)
         layout = self.spec.state(self.options)
         arrays = []
-        for f, first in zip(layout.fields, self.spec.first(sizes, self.options), strict=True):
+        for f, first in zip(layout.fields, first_state(self.spec, self.options, sizes, compute), strict=True):
             values = np.array(np.broadcast_to(first, (batch, *first.shape)), order="C")
             dtype = "int32" if f.counter else self.state_dtype or (library.dtype(like) if f.verbatim else compute)
             arrays.append(library.from_numpy(values, dtype, like))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixers import reference
+from mixers.arrays.numpy import first_state
 from mixers.arrays.numpy import library as host
 from mixers.backend import Pool
 from mixers.call import Call
@@ -218,10 +219,10 @@ def fill_first_state(call: Call, x: Arrays, counters: bool) -> None:
     if f"initial.{fields[0].name}" in x:
         return
     compute = "float64" if x["q"].dtype == jnp.float64 else "float32"
-    for f, first in zip(fields, call.spec.first(call.sizes, call.options), strict=True):
+    for f, first in zip(fields, first_state(call.spec, call.options, call.sizes, compute), strict=True):
         if f.counter and not counters:
             continue
-        dtype = "int32" if f.counter else x["q"].dtype if f.verbatim and not counters else compute
+        dtype = x["q"].dtype if f.verbatim and not counters else first.dtype
         x[f"initial.{f.name}"] = jnp.broadcast_to(jnp.asarray(first, dtype=dtype), (call.sizes.N, *first.shape))
 
 

@@ -18,7 +18,7 @@ import torch
 
 from mixers import reference
 from mixers.arrays.numpy import fill_first_state as fill_host
-from mixers.arrays.numpy import run_backward, run_forward
+from mixers.arrays.numpy import first_state, first_state_of, run_backward, run_forward
 from mixers.backend import Pool
 from mixers.call import Call
 from mixers.mixer import Mixer, Plan, from_key
@@ -295,9 +295,9 @@ def fill_first_state(spec: MixerSpec, options: Any, sizes: Sizes, x: Arrays) -> 
     if x.get(f"initial.{fields[0].name}") is not None:
         return
     q = x["q"]
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for f, first in zip(fields, spec.first(sizes, options), strict=True):
-        tensor = torch.as_tensor(np.array(first), dtype=torch.int32 if f.counter else compute, device=q.device)
+    compute = "float64" if q.dtype == torch.float64 else "float32"
+    for f, first in zip(fields, first_state(spec, options, sizes, compute), strict=True):
+        tensor = torch.from_numpy(first).to(q.device)
         x[f"initial.{f.name}"] = tensor.expand(sizes.N, *tensor.shape)
 
 
@@ -560,15 +560,8 @@ def _first_state(
     spec: MixerSpec, options: Any, widths: tuple[int, int, int, int], dtype: str, device: Any
 ) -> tuple[Array, ...]:
     """The first state of one sequence, copied to a device once: a call that does so could be captured in no graph."""
-    groups, heads, key_dim, value_dim = widths
-    chosen = dict(options)
-    sizes = Sizes(B=1, T=0, G=groups, H=heads, K=key_dim, V=value_dim, N=1, C=spec.chunk(chosen))
-    fields = spec.state(chosen).fields
     with torch.inference_mode(False):
-        return tuple(
-            torch.as_tensor(np.array(first), dtype=torch.int32 if f.counter else getattr(torch, dtype), device=device)
-            for f, first in zip(fields, spec.first(sizes, chosen), strict=True)
-        )
+        return tuple(torch.from_numpy(a).to(device) for a in first_state_of(spec, options, widths, dtype))
 
 
 def _forward_on_host(plan: Plan, problem: Problem, x: Arrays) -> Arrays:
