@@ -79,10 +79,16 @@ class JAX:
         return None if isinstance(counts, jax.core.Tracer) else np.asarray(counts)
 
     def given(self, call: Call) -> Arrays:
-        """The arrays, with the spec's first state wherever the caller gave none."""
+        """The arrays, with the spec's first state wherever the caller gave none.
+
+        Raises:
+            TypeError: offsets are traced, and what cuts a pack by itself must know them.
+        """
         x = dict(call.x)
+        if isinstance(x["offsets"], jax.core.Tracer):
+            raise TypeError(_TRACED)
         if x["offsets"] is not None:
-            check_offsets(x["offsets"], call.sizes.T)
+            check_offsets(np.asarray(x["offsets"]), call.sizes.T)
         fill_first_state(call, x, counters=True)
         return x
 
@@ -158,14 +164,11 @@ class JAX:
             )
         problem = call.problem()
         plan = mixer.plan(problem)
+        if plan.kernel is None:
+            return reference.forward(self, call.spec, call.options, call.sizes, call.flags, self.given(call))
         x = {name: a for name, a in call.x.items() if a is not None}
         if "offsets" in x and not isinstance(x["offsets"], jax.core.Tracer):
             check_offsets(np.asarray(x["offsets"]), call.sizes.T)
-        if plan.kernel is None:
-            if "offsets" in x and isinstance(x["offsets"], jax.core.Tracer):
-                raise TypeError(_TRACED)
-            fill_first_state(call, x, counters=True)
-            return reference.forward(self, call.spec, call.options, call.sizes, call.flags, x)
         if plan.kernel.arrays == "any":
             from mixers.arrays.lend import serve
 
@@ -208,8 +211,8 @@ def _varying(array: Array) -> frozenset[Any]:
 
 
 _TRACED = (
-    "cu_seqlens is traced; pass a mixers.pack or a NumPy array, made outside of jit: the reference cuts a pack while "
-    "it is traced (backend='jax' takes traced offsets)"
+    "cu_seqlens is traced; pass a mixers.pack or a NumPy array, made outside of jit: the reference, and what is "
+    "composed of several mixers, cut a pack while it is traced (kernels of backend='jax' take traced offsets)"
 )
 
 
