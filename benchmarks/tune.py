@@ -97,11 +97,11 @@ def dispatch(device: str) -> dict[str, float]:
         t = {n: torch.from_numpy(a).to(device) for n, a in x.items()}
         leaf = {n: a.clone().requires_grad_() for n, a in t.items()}
         if device == "cuda":
-            from mixers.arrays.torch import _with_first_state
+            from mixers.arrays.operators import with_first_state
 
             problem = mix.validated(**t).problem()
             plan = mix.plan(problem)
-            full = _with_first_state(problem, t | {"offsets": None})
+            full = with_first_state(problem, t | {"offsets": None})
             kernel = plan.kernel
             assert kernel is not None
             out = {n: torch.empty(s, dtype=getattr(torch, d), device=device) for n, (s, d) in problem.outputs().items()}
