@@ -19,7 +19,7 @@ from mixers.check import Case
 from mixers.check.pinned import Pinned
 from mixers.check.truth import truth
 from mixers.check.verdict import EPSILON, Verdict, compare, worse
-from mixers.mixer import Plan
+from mixers.plan import Plan
 from mixers.problem import Problem
 
 # More than two chunks of 32 and more than one of 64, and no multiple of either.

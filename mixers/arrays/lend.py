@@ -17,7 +17,7 @@ import numpy as np
 from mixers.arrays import gpu
 from mixers.arrays.numpy import first_state_of
 from mixers.arrays.view import View, by_dlpack
-from mixers.mixer import Plan
+from mixers.plan import Plan
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 

@@ -13,8 +13,9 @@ import numpy as np
 from mixers import reference
 from mixers.backend import Pool
 from mixers.call import Call
-from mixers.mixer import Mixer, Plan
+from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
+from mixers.plan import Plan
 from mixers.problem import Arrays, Problem
 from mixers.result import Result
 from mixers.spec import Array, MixerSpec, Options, Sizes

@@ -18,8 +18,9 @@ import torch
 from mixers.arrays import library_of
 from mixers.arrays.numpy import fill_first_state, first_state_of, run_backward, run_forward
 from mixers.call import Call
-from mixers.mixer import Mixer, Plan, from_key
+from mixers.mixer import Mixer, from_key
 from mixers.packing import check_offsets
+from mixers.plan import Plan
 from mixers.problem import Arrays, Flags, Problem, outputs
 from mixers.spec import Array, MixerSpec, Sizes
 

@@ -28,7 +28,8 @@ from mixers.arrays.operators import (
     runs_on_reference,
     takes_tensors,
 )
-from mixers.mixer import Mixer, Plan
+from mixers.mixer import Mixer
+from mixers.plan import Plan
 from mixers.problem import Arrays, Problem
 from mixers.result import Result
 from mixers.spec import Array
