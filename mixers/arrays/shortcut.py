@@ -6,6 +6,7 @@ Operators cost as much again as the rest of a small call; they are for what is t
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,9 @@ _in_backward = torch._C._current_graph_task_id
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _UNSEEN: Any = object()
 
+# What of a tensor decides about a call.
+_looks = operator.attrgetter("shape", "dtype", "device", "requires_grad")
+
 
 def again(mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
     """A call in eager mode: its checks, problem and plan are those of the last one like it."""
@@ -48,17 +52,7 @@ def again(mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) ->
         return None  # a transformation, a mode, or a backward that computes a forward again
     tensors = [*x.values()]
     try:
-        key = (
-            state,
-            checkpoint_every,
-            torch.is_grad_enabled(),
-            *x,
-            *map(type, tensors),
-            *[t.shape for t in tensors],
-            *[t.dtype for t in tensors],
-            *[t.device for t in tensors],
-            *[t.requires_grad for t in tensors],
-        )
+        key = (state, checkpoint_every, torch.is_grad_enabled(), *x, *map(type, tensors), *map(_looks, tensors))
     except AttributeError:  # something was left out, or is no tensor
         given = {name: t for name, t in x.items() if t is not None}
         return again(mixer, given, state, checkpoint_every) if len(given) < len(x) else None
@@ -90,6 +84,8 @@ class Shortcut:
         self.grad = problem.flags.grad
         self.last = [f"final.{f.name}" for f in self.layout.fields] if problem.flags.state else []
         self.marks = [f"checkpoint.{f.name}" for f in self.layout.fields] if problem.flags.checkpoint_every else []
+        alone = self.layout.type is None and self.last and not self.marks
+        self.pair = self.last[0] if alone else ""
         self.here = takes_tensors(plan)
         self.working = getattr(torch, problem.compute_dtype)
         # Arrays that are stored as they are computed.
@@ -120,6 +116,8 @@ class Shortcut:
     def __call__(self, tensors: list[Array]) -> Result:
         """Run it."""
         found = dict(zip(self.results, _apply(self, *tensors), strict=True)) if self.grad else self.forward(tensors)
+        if self.pair:
+            return tuple.__new__(Result, (found["y"], found[self.pair]))  # without attributes of its own
         pack = self.layout.pack
         state = pack(tuple([found[name] for name in self.last])) if self.last else None
         checkpoints = pack(tuple([found[name] for name in self.marks])) if self.marks else None
@@ -132,13 +130,15 @@ class Shortcut:
             return forward_here(self.plan, self.problem, x) if self.here else forward_on_host(
                 self.plan, self.problem, x
             )  # fmt: skip
-        host: Arrays = self.rest.copy()
+        host, out, found = self.rest.copy(), dict[str, Any](), dict[str, Any]()
         for name, tensor in zip(self.names, tensors, strict=True):
-            plain = tensor.detach() if tensor.requires_grad else tensor
-            host[name] = (plain if plain.dtype is self.working else plain.to(self.working)).numpy()
-        out = {name: np.empty(shape, dtype) for name, shape, dtype in self.blank}
+            plain = tensor if tensor.dtype is self.working else tensor.to(self.working)
+            host[name] = plain.numpy(force=True)
+        for name, shape, dtype in self.blank:
+            out[name] = array = np.empty(shape, dtype)
+            found[name] = torch.from_numpy(array)
         self.plan.forward(self.problem, host, out)
-        return {name: torch.from_numpy(array) for name, array in out.items()}
+        return found
 
 
 class _Node(torch.autograd.Function):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mixers import reference
+from mixers.arrays import shortcut
 from mixers.arrays.numpy import first_state
 from mixers.arrays.operators import (
     DTYPE_NAMES,
@@ -24,7 +25,6 @@ from mixers.arrays.operators import (
     tensors_of,
     with_first_state,
 )
-from mixers.arrays.shortcut import again
 from mixers.backend import Pool
 from mixers.call import Call
 from mixers.mixer import Mixer
@@ -179,7 +179,7 @@ class Torch:
 
     def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
         """A call in eager mode: its checks, problem and plan are those of the last one like it."""
-        return again(mixer, x, state, checkpoint_every)
+        return shortcut.again(mixer, x, state, checkpoint_every)
 
     def run(self, mixer: Mixer, call: Call) -> Arrays:
         """The reference in plain torch, or the mixer's operator."""
