@@ -106,6 +106,8 @@ class Mixer:
         self.batch_invariant, self.tune = bool(batch_invariant), bool(tune)
         self.asked = Asked(backend, kernel, None if config is None else tuple(sorted(config.items())))
         check_kernel(spec, self.asked)
+        if self.batch_invariant and spec.compose is not None:
+            raise ValueError(f"{spec.name}: kernels promise batch_invariant=True, and this is composed of several")
         self.recomputes = backend in installed() and installed()[backend].recomputes
         self._plans: dict[Problem, Plan] = {}
         self._plans_in_place: dict[Problem, Plan | None] = {}
