@@ -1,5 +1,7 @@
 """``batch_invariant=True``: a sequence has the same bits alone, in a batch and in a pack."""
 
+import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,9 @@ import pytest
 import mixers
 from mixers.backend import installed
 from mixers.cases import Setting, draw
+
+with contextlib.suppress(ImportError):
+    importlib.import_module("jax")  # kernels for its arrays are there once it is
 
 
 @dataclass(frozen=True)
