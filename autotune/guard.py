@@ -19,7 +19,7 @@ from mixers.check import Case
 from mixers.check.pinned import Pinned
 from mixers.check.truth import truth
 from mixers.check.verdict import EPSILON, Verdict, compare, worse
-from mixers.mixer import Plan
+from mixers.plan import Plan
 from mixers.problem import Problem
 
 # More than two chunks of 32 and more than one of 64, and no multiple of either.
@@ -80,7 +80,7 @@ def small(problem: Problem) -> Setting:
     """The reduced problem."""
     groups, heads, key_dim, value_dim = problem.widths
     share = max(1, heads // max(groups, 1))
-    chunk = problem.option.get("chunk_size", 1)
+    chunk = problem.spec.chunk(problem.option)
     tokens = 1 if problem.single else max(TOKENS, 2 * chunk + 3 if chunk <= 128 else chunk + 3)
     lengths = (tokens, 1) if problem.packed and not problem.single else (tokens, tokens)
     axes = {"q": "B T G K", "k": "B T G K", "v": "B T H V"}

@@ -187,14 +187,8 @@ def whatever_the_batch(problem: Problem) -> Problem:
     """The problem that stands for all its batches, lengths and packings where one choice must serve them all."""
     if not problem.flags.batch_invariant:
         return problem
-    heads, sizes = problem.widths[1], problem.sizes
-    return dataclasses.replace(
-        problem,
-        packed=False,
-        single=False,
-        parallel=1 << (heads - 1).bit_length() if heads else 0,
-        sizes=dataclasses.replace(sizes, B=1, N=1, T=1024),
-    )
+    sizes = dataclasses.replace(problem.sizes, B=1, N=1, T=1024)
+    return dataclasses.replace(problem, packed=False, single=False, sizes=sizes)
 
 
 def choose(problem: Problem, asked: Asked) -> Choice:
@@ -262,5 +256,6 @@ def _stale(problem: Problem, candidate: Candidate, config: Mapping[str, int]) ->
 
 def choose_in_place(problem: Problem, asked: Asked) -> Candidate | None:
     """The first candidate that can and decodes on a pool itself; None where there is none."""
+    problem = whatever_the_batch(problem)
     able = (c for c in candidates(problem, asked) if c.support and c.kernel is not None and c.kernel.in_place)
     return next(able, None)

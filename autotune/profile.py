@@ -255,7 +255,7 @@ def load(path: Path) -> Profile:
     try:
         return Profile.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        pass
+        return Profile()
     except OSError as error:
         _warn(path, "read", f"profile {path} cannot be read ({error.strerror}); going on without it")
     except ValueError as error:

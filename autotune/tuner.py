@@ -468,6 +468,6 @@ def problem_of(
         for arg in (*spec.inputs[3:], *spec.parameters)
         if not arg.optional or arg.name in given
     )
-    sizes = Sizes(B=b, T=t, G=h, H=h, K=k, V=v, N=b, C=options.get("chunk_size", 1))
+    sizes = Sizes(B=b, T=t, G=h, H=h, K=k, V=v, N=b, C=spec.chunk(options))
     flags = Flags(grad=grad, recompute=grad and device != "cpu")
     return Problem.of(spec, dict(options), sizes, flags, layouts=layouts, dtype=dtype, library=library, device=device)

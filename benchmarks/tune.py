@@ -11,8 +11,10 @@ in turns; the problems are none of those that the cost model was written with.
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
+import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mixers.autotune.device import device_of_kind, stamp_of
 from mixers.autotune.key import BACKWARD, FORWARD, to_json
 from mixers.autotune.policy import Asked, candidates, choose
 from mixers.autotune.profile import config_text
@@ -28,6 +31,7 @@ from mixers.autotune.tuner import problem_of, tune_problem
 from mixers.autotune.workshop import Lost, Workshop
 
 import mixers
+from mixers.backend import installed
 from mixers.problem import Problem
 
 BURSTS, CALLS = 60, 60
@@ -97,11 +101,11 @@ def dispatch(device: str) -> dict[str, float]:
         t = {n: torch.from_numpy(a).to(device) for n, a in x.items()}
         leaf = {n: a.clone().requires_grad_() for n, a in t.items()}
         if device == "cuda":
-            from mixers.arrays.torch import _with_first_state
+            from mixers.arrays.operators import with_first_state
 
             problem = mix.validated(**t).problem()
             plan = mix.plan(problem)
-            full = _with_first_state(problem, t | {"offsets": None})
+            full = with_first_state(problem, t | {"offsets": None})
             kernel = plan.kernel
             assert kernel is not None
             out = {n: torch.empty(s, dtype=getattr(torch, d), device=device) for n, (s, d) in problem.outputs().items()}
@@ -195,6 +199,17 @@ def search(device: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
+def about(device: str) -> dict[str, Any]:
+    """The machine, how busy it was when this began, and the versions of what decides about speed."""
+    versions = {n: v for b in installed().values() if b.status() for n, v in stamp_of(b).versions}
+    return {
+        "device": device_of_kind(device).id,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__} | versions,
+    }
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,7 +219,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no problem later than this")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"machine": about(given.device)}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MIXERS_PROFILE"] = str(Path(folder) / "profile.toml")
         if given.only != "search":

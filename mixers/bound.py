@@ -4,7 +4,7 @@ bound = mix.bind(q, k, v, beta=b)
 y, state = bound(q, k, v, beta=b)              arrays of the same shapes and dtypes, other numbers
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Bound:
         layout, fields = call.spec.state(call.options), call.spec.state(call.options).fields
         self._spec, self._pack = call.spec, layout.pack
         self._given = [(n, a.shape, a.dtype) for n, a in call.x.items() if a is not None and n != "offsets"]
-        names = {name for name, _, _ in self._given}
+        self._count, names = len(self._given), {name for name, _, _ in self._given}
         self._rest = {n: a for n, a in x.items() if n not in names}
         outputs = [(n, s, np.dtype(d)) for n, (s, d) in self.problem.outputs().items()]
         self._outputs, self._final = outputs, [f"final.{f.name}" for f in fields]
@@ -53,21 +53,37 @@ class Bound:
         """
         x: dict[str, Any] = gates
         x["q"], x["k"], x["v"] = q, k, v
-        if len(x) != len(self._given):
-            raise ValueError(f"{self._spec.name}: bound to {[n for n, _, _ in self._given]}, got {sorted(x)}")
-        for name, shape, dtype in self._given:
-            array = x.get(name)
-            if array is None or array.shape != shape or (array.dtype is not dtype and array.dtype != dtype):
-                got = "is missing" if array is None else f"has shape {array.shape} and dtype {array.dtype}"
-                raise ValueError(f"{self._spec.name}: {name} {got}, and is bound to {shape} and {dtype}; bind again")
+        if len(x) != self._count:
+            self._refuse(x)
+        try:
+            for name, shape, dtype in self._given:
+                array = x[name]
+                if array.shape != shape or (array.dtype is not dtype and array.dtype != dtype):
+                    self._refuse(x)
+        except (KeyError, AttributeError):
+            self._refuse(x)
         x.update(self._rest)
-        out: dict[str, Any]
         if self._plain:
-            out = {name: np.empty(shape, dtype) for name, shape, dtype in self._outputs}
+            out: dict[str, Any] = {}
+            for name, shape, dtype in self._outputs:
+                out[name] = np.empty(shape, dtype)
             self._forward(self.problem, self._config, x, out)
         else:
             from mixers.arrays.numpy import run_forward
 
             out = run_forward(self.plan, self.problem, x)
         state = out[self._only] if self._only else self._pack(tuple([out[name] for name in self._final]))
-        return Result(out["y"], state)
+        return tuple.__new__(Result, (out["y"], state))  # without attributes of its own
+
+    def _refuse(self, x: dict[str, Any]) -> NoReturn:
+        """Say what is not as it was bound."""
+        name = self._spec.name
+        if len(x) != self._count:
+            raise ValueError(f"{name}: bound to {[n for n, _, _ in self._given]}, got {sorted(x)}")
+        for given, shape, dtype in self._given:
+            array = x.get(given)
+            here = None if array is None else (getattr(array, "shape", None), getattr(array, "dtype", None))
+            if here != (shape, dtype):
+                got = "is missing" if here is None else f"has shape {here[0]} and dtype {here[1]}"
+                raise ValueError(f"{name}: {given} {got}, and is bound to {shape} and {dtype}; bind again")
+        raise AssertionError(x)

@@ -73,15 +73,16 @@ def explain(
     name: Annotated[str, typer.Argument(metavar="NAME", help="a mixer, as in `mixers list`")],
     shape: Annotated[str, typer.Option(help="B,T,H,K,V: batch, tokens, heads, key width (slots), value width")],
     dtype: Annotated[str, typer.Option(help="of q, k and v")] = "float32",
-    library: Annotated[str, typer.Option(help="numpy or torch")] = "numpy",
+    library: Annotated[str, typer.Option(help="numpy, torch or jax, on its own default device")] = "numpy",
+    device: Annotated[str, typer.Option(help="of torch's tensors, as cuda")] = "cpu",
     option: Annotated[list[str] | None, typer.Option("-o", "--option", help="a mixer's option, name=value")] = None,
     grad: Annotated[bool, typer.Option(help="its backward too")] = False,
 ) -> None:
     """Every way to run a call of this shape: the one that is chosen, and why the others are not."""
     try:
         mix = mixers.get(name, **dict(_option(text) for text in option or ()))
-        sizes = _sizes(shape, mix.spec, mix.options.get("chunk_size", 1))
-        like = _like(library, dtype)
+        sizes = _sizes(shape, mix.spec, mix.spec.chunk(mix.options))
+        like = _like(library, dtype, device)
         to = library_of(like, "q").from_numpy
         x = {
             arg.name: to(np.zeros(sizes.shape(" ".join(arg.layouts[0]))), dtype, like)
@@ -150,20 +151,24 @@ def _sizes(shape: str, spec: MixerSpec, chunk: int) -> Sizes:
     return Sizes(B=b, T=t, G=h, H=h, K=k, V=v, N=b, C=chunk)
 
 
-def _like(library: str, dtype: str) -> Any:
-    """An empty array of a library that has a dtype."""
+def _like(library: str, dtype: str, device: str) -> Any:
+    """An empty array of a library that has a dtype, on a device."""
     if dtype not in FLOATING:
         raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(FLOATING)}")
     if library == "numpy":
         if dtype == "bfloat16":
             raise ValueError("NumPy has no bfloat16; --library torch has it")
         return np.empty(0)
-    if library == "torch":
-        try:
-            return import_module("torch").empty(0)
-        except ImportError:
-            raise ValueError("torch is not installed: pip install torch") from None
-    raise ValueError(f"library {library!r}; expected numpy or torch")
+    if library not in ("torch", "jax"):
+        raise ValueError(f"library {library!r}; expected numpy, torch or jax")
+    try:
+        if library == "jax":
+            return import_module("jax.numpy").empty(0)
+        return import_module("torch").empty(0, device=device)
+    except ImportError:
+        raise ValueError(f"{library} is not installed: pip install {library}") from None
+    except (RuntimeError, AssertionError) as error:  # torch knows no such device, or was built for none
+        raise ValueError(str(error).splitlines()[0]) from None
 
 
 def _version(library: str) -> str:

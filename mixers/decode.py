@@ -10,10 +10,9 @@ Slot −1 is padding. Sequences that start afresh take the mixer's first state i
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mixers.algebra import device_of
 from mixers.arrays import library_of
+from mixers.arrays.numpy import first_state
 from mixers.backend import Pool
 from mixers.call import Call, check_kept
 from mixers.spec import Array
@@ -78,12 +77,10 @@ def decode(
 
 def _first_state(call: Call) -> tuple[Array, ...]:
     """The spec's first state of one sequence, in the working dtype: a pool of halves does not round it."""
-    fields, q = call.spec.state(call.options).fields, call.x["q"]
-    wide = "float64" if call.library.dtype(q) == "float64" else "float32"
-    return tuple(
-        call.library.from_numpy(np.array(first), "int32" if field.counter else wide, q)
-        for field, first in zip(fields, call.spec.first(call.sizes, call.options), strict=True)
-    )
+    library, q = call.library, call.x["q"]
+    wide = "float64" if library.dtype(q) == "float64" else "float32"
+    first = first_state(call.spec, call.options, call.sizes, wide)
+    return tuple(library.from_numpy(a, a.dtype.name, q) for a in first)
 
 
 def _column(xp: Any, flags: Array, like: Array) -> Array:

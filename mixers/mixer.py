@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -34,9 +34,10 @@ from mixers.autotune.policy import (
     choose_in_place,
     whatever_the_batch,
 )
-from mixers.backend import Config, Kernel, Pool, installed
+from mixers.backend import Config, installed
 from mixers.bound import Bound
 from mixers.call import Call, validate
+from mixers.plan import Plan
 from mixers.problem import Arrays, Flags, Problem
 from mixers.registry import get_spec
 from mixers.result import Result
@@ -47,61 +48,8 @@ log = logging.getLogger("mixers")
 _STATE_DTYPES = ("", "float32", "float64", "bfloat16", "float16")
 _announced: set[tuple[str, str, str]] = set()
 
-
 # The latest plans of forwards and what was known then, by the key of their mixer: operators have mixers of their own.
-_latest: dict[str, "dict[Problem, tuple[int, Plan]]"] = {}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The kernel and configuration that were chosen; without a kernel, the reference runs.
-
-    Attributes:
-        backend: its name.
-        kernel: runs the forward, and the backward where no other does.
-        config: its configuration.
-        adjoint: runs the backward.
-        adjoint_config: its configuration.
-    """
-
-    backend: str
-    kernel: Kernel | None
-    config: Config
-    adjoint: Kernel | None = None
-    adjoint_config: Config = field(default_factory=dict)
-
-    def forward(self, problem: Problem, x: Arrays, out: Arrays) -> None:
-        """Fill ``out``."""
-        assert self.kernel is not None
-        try:
-            self.kernel.forward(problem, self.config, x, out)
-        except Exception as error:
-            self._name(error, problem, self.kernel, self.config)
-            raise
-
-    def backward(self, problem: Problem, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
-        """Fill ``dx``."""
-        kernel, config = (self.adjoint, self.adjoint_config) if self.adjoint else (self.kernel, self.config)
-        assert kernel is not None
-        try:
-            kernel.backward(problem, config, x, out, dout, dx)
-        except Exception as error:
-            self._name(error, problem, kernel, config)
-            raise
-
-    def decode(self, problem: Problem, x: Arrays, pool: Pool, y: Array) -> None:
-        """Fill ``y`` and the pool's slots."""
-        assert self.kernel is not None
-        try:
-            self.kernel.decode(problem, self.config, x, pool, y)
-        except Exception as error:
-            self._name(error, problem, self.kernel, self.config)
-            raise
-
-    def _name(self, error: Exception, problem: Problem, kernel: Kernel, config: Config) -> None:
-        """What fails in a kernel says which one, with which configuration, on what."""
-        choices = ", ".join(f"{name}={value}" for name, value in config.items()) or "no choices"
-        error.add_note(f"in {self.backend}/{kernel.name} ({choices}), running {problem}")
+_latest: dict[str, dict[Problem, tuple[int, Plan]]] = {}
 
 
 @dataclass(frozen=True)
@@ -158,6 +106,8 @@ class Mixer:
         self.batch_invariant, self.tune = bool(batch_invariant), bool(tune)
         self.asked = Asked(backend, kernel, None if config is None else tuple(sorted(config.items())))
         check_kernel(spec, self.asked)
+        if self.batch_invariant and spec.compose is not None:
+            raise ValueError(f"{spec.name}: kernels promise batch_invariant=True, and this is composed of several")
         self.recomputes = backend in installed() and installed()[backend].recomputes
         self._plans: dict[Problem, Plan] = {}
         self._plans_in_place: dict[Problem, Plan | None] = {}
@@ -341,13 +291,15 @@ class Mixer:
             key_heads: key heads, for a grouped cache; ``heads`` by default.
             like: an array whose library and device the state takes; float64 where it is. NumPy by default.
         """
+        from mixers.arrays.numpy import first_state
+
         like = np.empty(0, np.float32) if like is None else like
         library = library_of(like, "like")
         compute = "float64" if library.dtype(like) == "float64" else "float32"
         sizes = _sizes(self, batch, heads, key_dim, value_dim, key_heads)
         layout = self.spec.state(self.options)
         arrays = []
-        for f, first in zip(layout.fields, self.spec.first(sizes, self.options), strict=True):
+        for f, first in zip(layout.fields, first_state(self.spec, self.options, sizes, compute), strict=True):
             values = np.array(np.broadcast_to(first, (batch, *first.shape)), order="C")
             dtype = "int32" if f.counter else self.state_dtype or (library.dtype(like) if f.verbatim else compute)
             arrays.append(library.from_numpy(values, dtype, like))

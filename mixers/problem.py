@@ -62,7 +62,8 @@ class Problem:
         packed: several sequences lie in one row.
         flags: what else was asked for.
         widths: ``(G, H, K, V)``.
-        parallel: sequences × value heads, rounded up to a power of two.
+        parallel: sequences × value heads, rounded up to a power of two; the heads of one sequence alone where nothing
+            may depend on the batch.
         single: one token a sequence, as in ``step``.
         sizes: every axis; its ``B``, ``N`` and ``T`` are no part of equality or hash.
     """
@@ -95,7 +96,7 @@ class Problem:
         packed: bool = False,
     ) -> "Problem":
         """A problem from its sizes."""
-        parallel = sizes.N * sizes.H
+        parallel = sizes.H if flags.batch_invariant else sizes.N * sizes.H
         return cls(
             spec=spec,
             options=tuple(options.items()),

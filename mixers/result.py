@@ -16,16 +16,20 @@ class Result(tuple[Array, Any]):
         score: what was compared with the threshold, ``[B,T]``.
     """
 
-    checkpoints: Any
-    kept: Array
-    score: Array
+    checkpoints: Any = None
+    kept: Array = None
+    score: Array = None
 
     def __new__(
         cls, y: Array, state: Any, checkpoints: Any = None, kept: Array = None, score: Array = None
     ) -> "Result":
         """A pair with attributes."""
         self = super().__new__(cls, (y, state))
-        self.checkpoints, self.kept, self.score = checkpoints, kept, score
+        # A small call takes about as long as a dictionary of attributes would: most results have none.
+        if checkpoints is not None:
+            self.checkpoints = checkpoints
+        if kept is not None or score is not None:
+            self.kept, self.score = kept, score
         return self
 
     @property

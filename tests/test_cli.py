@@ -67,6 +67,17 @@ def test_explain_takes_options_and_torch() -> None:
     assert "bfloat16 torch arrays on cpu" in text
 
 
+def test_explain_takes_jax_and_refuses_a_device_that_is_not_there() -> None:
+    pytest.importorskip("jax")
+    code, text = run("explain", "lattice", "--shape", SHAPE, "--library", "jax")
+    assert code == 0
+    assert "float32 jax arrays on" in text
+    pytest.importorskip("torch")
+    code, text = run("explain", "lattice", "--shape", SHAPE, "--library", "torch", "--device", "nowhere")
+    assert code == 2
+    assert "nowhere" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,7 +88,7 @@ def test_explain_takes_options_and_torch() -> None:
         (("lattice", "--shape", SHAPE, "-o", "chunk_size=0"), "expected a whole number from 1 up"),
         (("lattice", "--shape", SHAPE, "--dtype", "int8"), "expected one of float64"),
         (("lattice", "--shape", SHAPE, "--dtype", "bfloat16"), "NumPy has no bfloat16"),
-        (("lattice", "--shape", SHAPE, "--library", "cupy"), "expected numpy or torch"),
+        (("lattice", "--shape", SHAPE, "--library", "cupy"), "expected numpy, torch or jax"),
         (("ttt_linear", "--shape", "1,16,2,8,4"), "one width for keys and values"),
     ],
 )

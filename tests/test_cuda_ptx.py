@@ -45,7 +45,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, generation: str) -> dict[Any, str]
 
 def prepared(kernel: Any, dtype: str, tokens: int) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A problem as on a GPU, its inputs, the first state beside them, and outputs."""
-    from mixers.arrays.torch import _with_first_state
+    from mixers.arrays.operators import with_first_state
 
     mix, x = Pinned(mixers.get_spec(widest(kernel)), "cuda", kernel, {}), {}
     for arg in mix.spec.inputs:
@@ -54,7 +54,7 @@ def prepared(kernel: Any, dtype: str, tokens: int) -> tuple[Any, dict[str, Any],
     call = mix.validated(**x)
     problem = dataclasses.replace(call.problem(), device="cuda")
     out = {n: torch.empty(s, dtype=getattr(torch, d)) for n, (s, d) in problem.outputs().items()}
-    return problem, x, _with_first_state(problem, call.x), out
+    return problem, x, with_first_state(problem, call.x), out
 
 
 def check(compiled: dict[Any, str], dtype: str, generation: str) -> None:

@@ -193,8 +193,9 @@ def test_shard_map_and_the_ring_equal_one_device() -> None:
 # What is refused in words.
 
 
-def test_traced_offsets_are_refused() -> None:
-    mix, x = mixers.get("gla", backend="reference"), inputs("gla", batch=1)
+@pytest.mark.parametrize(("name", "backend"), [("gla", "reference"), ("ham", "auto")])
+def test_traced_offsets_are_refused(name: str, backend: str) -> None:
+    mix, x = mixers.get(name, backend=backend), inputs(name, batch=1)
     with pytest.raises(TypeError, match=r"cu_seqlens is traced; pass a mixers\.pack"):
         jax.jit(lambda x, o: mix(**x, cu_seqlens=o).y)(x, jnp.asarray([0, 2, 6]))
 

@@ -38,6 +38,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, source, ignore=ignore)
     (source / "stray").mkdir()
     (source / "stray" / "__init__.py").touch()
+    (source / "autotune" / "profiles").mkdir(exist_ok=True)
+    (source / "autotune" / "profiles" / "some_device.toml").touch()
     target = tmp_path_factory.mktemp("wheel")
     return build(source, target)
 
@@ -64,9 +66,9 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     sources = {
         ("mixers/" if home == "mixers" else f"mixers/{home}/") + file.relative_to(ROOT / home).as_posix()
         for home in HOMES
-        for file in (ROOT / home).rglob("*.py")
+        for file in (*(ROOT / home).rglob("*.py"), *(ROOT / home).rglob("profiles/*.toml"))
     }
-    assert names == sources | {"mixers/py.typed"}
+    assert names == sources | {"mixers/py.typed", "mixers/autotune/profiles/some_device.toml"}
     assert len(info) == 1
 
 

@@ -127,7 +127,7 @@ class OneKernel:
 def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     """Kernels behind ``backend="loop"`` and ``backend="spy"``; the latter is returned."""
     from mixers import mixer as module
-    from mixers.arrays import torch as bridge
+    from mixers.arrays import operators as bridge
 
     kernel = Spy()
     everything = installed() | {"loop": OneKernel("loop", Loop()), "spy": OneKernel("spy", kernel)}
@@ -135,7 +135,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     yield kernel
     for key in [key for key, mix in module._from_key.items() if mix.backend in ("loop", "spy")]:
         del module._from_key[key]
-    bridge._decode_key.cache_clear()
+    bridge.decode_key.cache_clear()
 
 
 def inputs(
@@ -174,15 +174,15 @@ def test_gradcheck(name: str, options: dict[str, Any]) -> None:
 @each_mixer
 def test_opcheck(name: str, options: dict[str, Any]) -> None:
     """torch's own checks of an operator: schema, fakes, autograd, tracing with symbolic sizes."""
-    from mixers.arrays import torch as bridge
+    from mixers.arrays import operators as bridge
 
     mix, x = mixers.get(name, backend="loop", **options), inputs(name, options)
     layout = mix.spec.state(mix.options)
     state = mix.init_state(2, 2, 3, x["v"].shape[-1], key_heads=1, like=x["q"])
     parts = state if isinstance(state, tuple) else (state,)
     named = x | {f"initial.{f.name}": a for f, a in zip(layout.fields, parts, strict=True)}
-    arguments = [named.get(n) for n in bridge._argument_names(mix.spec, mix.options)]
-    op = bridge._operators[bridge.operator_name(mix.spec, mix.options)]
+    arguments = [named.get(n) for n in bridge.argument_names(mix.spec, mix.options)]
+    op = bridge.operators[bridge.operator_name(mix.spec, mix.options)]
     torch.library.opcheck(op, (*arguments, f"1|1|0|{mix.key}"))
 
 

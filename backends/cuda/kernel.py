@@ -27,6 +27,7 @@ class CudaKernel(Kernel):
     """A kernel on arrays of a GPU."""
 
     arrays = "any"
+    batch_invariant = True
 
     def supports(self, problem: Problem) -> Support:
         """Whether the arrays are where it runs, and its widths fit."""

@@ -276,6 +276,7 @@ class InXLA(Kernel):
     """A kernel of NumPy arrays on JAX arrays of a CPU."""
 
     arrays = "jax"
+    batch_invariant = True
 
     def __init__(self, kernel: NumbaKernel) -> None:
         self._kernel = kernel

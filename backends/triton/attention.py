@@ -121,6 +121,7 @@ class AttentionFused(TritonKernel):
     name = "attention.fused"
     form = "chunk"
     mixers = frozenset({"attention"})
+    batch_invariant = False
 
     def takes(self, problem: Problem) -> Support:
         """Everything but checkpoints."""

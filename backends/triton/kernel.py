@@ -4,6 +4,7 @@ Kernels take tensors as the caller gave them: any strides, gates and states in a
 the backward, which computes the states again: memory is what a GPU is short of.
 """
 
+import functools
 from abc import abstractmethod
 from typing import Any
 
@@ -36,6 +37,7 @@ class TritonKernel(Kernel):
     """A kernel on torch tensors of a GPU."""
 
     arrays = "torch"
+    batch_invariant = True
 
     def supports(self, problem: Problem) -> Support:
         """Whether the tensors are where Triton runs, in a dtype and of a width that it takes."""
@@ -49,6 +51,10 @@ class TritonKernel(Kernel):
         _, _, key_dim, value_dim = problem.widths
         if not (1 <= key_dim <= WIDEST and 1 <= value_dim <= WIDEST):
             return Support.no(f"takes widths from 1 to {WIDEST}, and K = {key_dim}, V = {value_dim}")
+        if problem.flags.batch_invariant and not INTERPRETED:
+            uneven = _uneven(problem)
+            if uneven:
+                return uneven
         return self.takes(problem)
 
     @abstractmethod
@@ -64,6 +70,20 @@ def _place(problem: Problem) -> Support:
     if version < OLDEST:
         return Support.no(f"needs Triton {'.'.join(map(str, OLDEST))} or newer, and this is {triton.__version__}")
     return backend.place.holds(problem)
+
+
+def _uneven(problem: Problem) -> Support:
+    """Whether rows begin where Triton reads whole vectors, whatever came before them.
+
+    Where they do not, or where gates of several tokens are neighbours, the length of a sequence decides how threads
+    share a row or a chunk, and with that the order of sums.
+    """
+    _, heads, key_dim, value_dim = problem.widths
+    if key_dim % 16 or value_dim % 16:
+        return Support.no(f"batch_invariant=True takes multiples of 16 here, and K = {key_dim}, V = {value_dim}")
+    if heads == 1:
+        return Support.no("batch_invariant=True takes 2 heads or more here: how one head's gates are read varies")
+    return Support.yes()
 
 
 def precision(problem: Problem) -> str:
@@ -115,7 +135,10 @@ def gather(problem: Problem, dx: Arrays, name: str, parts: Array) -> None:
     """Sum the parts of a group of value heads."""
     s = problem.sizes
     if s.G != s.H:
-        dx[name].copy_(parts.view(s.B, s.T, s.G, s.H // s.G, s.K).sum(3))
+        of_heads = parts.view(s.B, s.T, s.G, s.H // s.G, s.K)
+        # The order of torch's own sum may depend on how many there are.
+        in_order = problem.flags.batch_invariant
+        dx[name].copy_(functools.reduce(torch.add, of_heads.unbind(3)) if in_order else of_heads.sum(3))
 
 
 def place(tensor: Array, *axes: int) -> tuple[Any, ...]:

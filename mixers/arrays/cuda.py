@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mixers.arrays import gpu
+from mixers.arrays.numpy import first_state_of
 from mixers.arrays.numpy import library as host
 from mixers.arrays.view import ON_CUDA, View, by_dlpack, by_interface, dtype_name, number_of
 from mixers.backend import Pool
@@ -21,7 +22,7 @@ from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
 from mixers.problem import Arrays, Problem
 from mixers.result import Result
-from mixers.spec import Array, MixerSpec, Sizes
+from mixers.spec import Array
 
 
 def is_cuda_array(array: Any) -> bool:
@@ -202,7 +203,7 @@ class CudaArrays:
         if key not in _first_states:  # an upload a call would be slow, and no graph could hold it
             if len(_first_states) >= _MOST_FIRST_STATES:
                 _first_states.clear()
-            _first_states[key] = tuple(self.from_numpy(a, str(a.dtype), like) for a in first_state(*about))
+            _first_states[key] = tuple(self.from_numpy(a, str(a.dtype), like) for a in first_state_of(*about))
         first = _first_states[key]
         views = zip(fields, (self.view(a) for a in first), strict=True)
         return dict(x) | {f"initial.{f.name}": v.spread(problem.sizes.N) for f, v in views if v is not None}
@@ -210,18 +211,6 @@ class CudaArrays:
 
 _first_states: dict[Any, tuple[Array, ...]] = {}
 _MOST_FIRST_STATES = 64
-
-
-def first_state(spec: MixerSpec, options: Any, widths: tuple[int, int, int, int], dtype: str) -> list[np.ndarray]:
-    """The first state of one sequence, on the host."""
-    groups, heads, key_dim, value_dim = widths
-    chosen = dict(options)
-    sizes = Sizes(B=1, T=0, G=groups, H=heads, K=key_dim, V=value_dim, N=1, C=chosen.get("chunk_size", 1))
-    fields = spec.state(chosen).fields
-    return [
-        np.array(first, "int32" if f.counter else dtype)
-        for f, first in zip(fields, spec.first(sizes, chosen), strict=True)
-    ]
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixers import reference
+from mixers.arrays.numpy import first_state
 from mixers.arrays.numpy import library as host
 from mixers.backend import Pool
 from mixers.call import Call
-from mixers.mixer import Mixer, Plan
+from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
+from mixers.plan import Plan
 from mixers.problem import Arrays, Problem
 from mixers.result import Result
 from mixers.spec import Array
@@ -78,10 +80,16 @@ class JAX:
         return None if isinstance(counts, jax.core.Tracer) else np.asarray(counts)
 
     def given(self, call: Call) -> Arrays:
-        """The arrays, with the spec's first state wherever the caller gave none."""
+        """The arrays, with the spec's first state wherever the caller gave none.
+
+        Raises:
+            TypeError: offsets are traced, and what cuts a pack by itself must know them.
+        """
         x = dict(call.x)
+        if isinstance(x["offsets"], jax.core.Tracer):
+            raise TypeError(_TRACED)
         if x["offsets"] is not None:
-            check_offsets(x["offsets"], call.sizes.T)
+            check_offsets(np.asarray(x["offsets"]), call.sizes.T)
         fill_first_state(call, x, counters=True)
         return x
 
@@ -157,14 +165,11 @@ class JAX:
             )
         problem = call.problem()
         plan = mixer.plan(problem)
+        if plan.kernel is None:
+            return reference.forward(self, call.spec, call.options, call.sizes, call.flags, self.given(call))
         x = {name: a for name, a in call.x.items() if a is not None}
         if "offsets" in x and not isinstance(x["offsets"], jax.core.Tracer):
             check_offsets(np.asarray(x["offsets"]), call.sizes.T)
-        if plan.kernel is None:
-            if "offsets" in x and isinstance(x["offsets"], jax.core.Tracer):
-                raise TypeError(_TRACED)
-            fill_first_state(call, x, counters=True)
-            return reference.forward(self, call.spec, call.options, call.sizes, call.flags, x)
         if plan.kernel.arrays == "any":
             from mixers.arrays.lend import serve
 
@@ -207,8 +212,8 @@ def _varying(array: Array) -> frozenset[Any]:
 
 
 _TRACED = (
-    "cu_seqlens is traced; pass a mixers.pack or a NumPy array, made outside of jit: the reference cuts a pack while "
-    "it is traced (backend='jax' takes traced offsets)"
+    "cu_seqlens is traced; pass a mixers.pack or a NumPy array, made outside of jit: the reference, and what is "
+    "composed of several mixers, cut a pack while it is traced (kernels of backend='jax' take traced offsets)"
 )
 
 
@@ -218,10 +223,10 @@ def fill_first_state(call: Call, x: Arrays, counters: bool) -> None:
     if f"initial.{fields[0].name}" in x:
         return
     compute = "float64" if x["q"].dtype == jnp.float64 else "float32"
-    for f, first in zip(fields, call.spec.first(call.sizes, call.options), strict=True):
+    for f, first in zip(fields, first_state(call.spec, call.options, call.sizes, compute), strict=True):
         if f.counter and not counters:
             continue
-        dtype = "int32" if f.counter else x["q"].dtype if f.verbatim and not counters else compute
+        dtype = x["q"].dtype if f.verbatim and not counters else first.dtype
         x[f"initial.{f.name}"] = jnp.broadcast_to(jnp.asarray(first, dtype=dtype), (call.sizes.N, *first.shape))
 
 

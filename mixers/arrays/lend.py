@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixers.arrays import gpu
-from mixers.arrays.cuda import first_state
+from mixers.arrays.numpy import first_state_of
 from mixers.arrays.view import View, by_dlpack
-from mixers.mixer import Plan
+from mixers.plan import Plan
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
@@ -101,7 +101,7 @@ def _lent(problem: Problem, x: Arrays, offsets: np.ndarray | None) -> tuple[dict
 @functools.lru_cache(maxsize=64)
 def _first_state(spec: Any, options: Any, widths: Any, dtype: str, device: Any) -> tuple[Array, ...]:
     """The first state of one sequence, on the device."""
-    return tuple(jax.device_put(a, device) for a in first_state(spec, options, widths, dtype))
+    return tuple(jax.device_put(a, device) for a in first_state_of(spec, options, widths, dtype))
 
 
 def _view(array: Array) -> View:

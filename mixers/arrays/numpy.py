@@ -13,11 +13,12 @@ import numpy as np
 from mixers import reference
 from mixers.backend import Pool
 from mixers.call import Call
-from mixers.mixer import Mixer, Plan
+from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
+from mixers.plan import Plan
 from mixers.problem import Arrays, Problem
 from mixers.result import Result
-from mixers.spec import Array, MixerSpec, Sizes
+from mixers.spec import Array, MixerSpec, Options, Sizes
 
 # str(dtype) takes several microseconds, as long as the rest of validation.
 _DTYPE_NAMES = {np.dtype(name): name for name in ("float64", "float32", "float16", "int64", "int32", "bool")}
@@ -179,9 +180,26 @@ def fill_first_state(spec: MixerSpec, options: Any, sizes: Sizes, x: Arrays, dty
     fields = spec.state(options).fields
     if f"initial.{fields[0].name}" in x:
         return
-    for f, first in zip(fields, spec.first(sizes, options), strict=True):
-        array = first.astype(np.int32 if f.counter else dtype)
-        x[f"initial.{f.name}"] = np.broadcast_to(array, (sizes.N, *array.shape))
+    for f, first in zip(fields, first_state(spec, options, sizes, dtype), strict=True):
+        x[f"initial.{f.name}"] = np.broadcast_to(first, (sizes.N, *first.shape))
+
+
+def first_state(spec: MixerSpec, options: Options, sizes: Sizes, dtype: str) -> list[np.ndarray]:
+    """The first state of one sequence, an array a field: numbers in ``dtype``, counters in int32."""
+    fields = spec.state(options).fields
+    return [
+        np.array(first, np.int32 if f.counter else dtype, order="C")
+        for f, first in zip(fields, spec.first(sizes, options), strict=True)
+    ]
+
+
+def first_state_of(
+    spec: MixerSpec, options: tuple[tuple[str, Any], ...], widths: tuple[int, int, int, int], dtype: str
+) -> list[np.ndarray]:
+    """The same from what a problem's hash holds: what is kept on a device is found again under that."""
+    (groups, heads, key_dim, value_dim), chosen = widths, dict(options)
+    sizes = Sizes(B=1, T=0, G=groups, H=heads, K=key_dim, V=value_dim, N=1, C=spec.chunk(chosen))
+    return first_state(spec, chosen, sizes, dtype)
 
 
 def _working(array: Array | None, dtype: str) -> Array | None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from mixers import mixer as mixer_module
 from mixers.backend import Config, Kernel
-from mixers.mixer import Mixer, Plan
+from mixers.mixer import Mixer
+from mixers.plan import Plan
 from mixers.problem import Problem
 from mixers.spec import MixerSpec
 

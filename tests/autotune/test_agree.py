@@ -12,7 +12,7 @@ from mixers.autotune.profile import Profile
 
 import mixers
 from mixers import autotune
-from mixers.mixer import Plan
+from mixers.plan import Plan
 
 RANK = """
 import datetime, os, sys
