@@ -33,6 +33,27 @@ def bound(bounds, n, r, m, g):
 
 
 @device
+def spanned(low, high, n, r, rows, m, g):
+    """The gathered rows, from the first to past the last, that any of some queries sees."""
+    first, last = bound(low, n, r, m, g), bound(high, n, r, m, g)
+    for i in range(rows):
+        first = min(first, bound(low, n, r + i, m, g))
+        last = max(last, bound(high, n, r + i, m, g))
+    return np.int64(first), np.int64(last)
+
+
+@device
+def hide(s, low, high, n, r, rows, m, g, position, count, row_step, query_step):
+    """−∞ for the ``count`` rows from ``position`` on that a query does not see."""
+    for i in range(rows):
+        first, end = bound(low, n, r + i, m, g) - position, bound(high, n, r + i, m, g) - position
+        for j in range(min(count, max(0, first))):
+            s[j * row_step + i * query_step] = -np.inf
+        for j in range(max(0, end), count):
+            s[j * row_step + i * query_step] = -np.inf
+
+
+@device
 def forward_block(q, k, v, low, high, n, g, r, rows, scale, block, y, lse):
     """The output of ``rows`` queries from ``r`` on of key head ``g`` in row ``n`` of the batch."""
     width, depth, m = q.shape[3], v.shape[3], q.shape[2] // k.shape[2]
@@ -45,22 +66,13 @@ def forward_block(q, k, v, low, high, n, g, r, rows, scale, block, y, lse):
     total[:] = 0
     o[:] = 0
 
-    position, last = bound(low, n, r, m, g), bound(high, n, r, m, g)
-    for i in range(rows):
-        position = min(position, bound(low, n, r + i, m, g))
-        last = max(last, bound(high, n, r + i, m, g))
-    position, last = np.int64(position), np.int64(last)
+    position, last = spanned(low, high, n, r, rows, m, g)
     while position < last:
         count = min(block, last - position)
         load_rows(k, n, position, g, np.int64(1), np.int64(0), count, scale, tile_k, ldk)
         load_rows(v, n, position, g, np.int64(1), np.int64(0), count, y.dtype.type(1), tile_v, ldv)
         matmul(s, ld, tile_k, ldk, queries, ld, count, rows, width, y.dtype.type(1), y.dtype.type(0))
-        for i in range(rows):
-            first, end = bound(low, n, r + i, m, g) - position, bound(high, n, r + i, m, g) - position
-            for j in range(min(count, max(0, first))):
-                s[j * ld + i] = -np.inf
-            for j in range(max(0, end), count):
-                s[j * ld + i] = -np.inf
+        hide(s, low, high, n, r, rows, m, g, position, count, ld, 1)
         soften_block(s, ld, count, top, total, shrink)
         scale_columns(o, ld, depth, shrink)
         matmul_ta(o, ld, tile_v, ldv, s, ld, depth, rows, count, y.dtype.type(1), y.dtype.type(1))
@@ -123,10 +135,7 @@ def keys_block(q, k, v, low, high, n, g, position, scale, block_q, block_k, lse,
     r, total = np.int64(0), q.shape[1] * m
     while r < total:
         rows = min(block_q, total - r)
-        latest, earliest = bound(high, n, r, m, g), bound(low, n, r, m, g)
-        for i in range(rows):
-            latest = max(latest, bound(high, n, r + i, m, g))
-            earliest = min(earliest, bound(low, n, r + i, m, g))
+        earliest, latest = spanned(low, high, n, r, rows, m, g)
         if latest > position and earliest < position + count:
             load_rows(q, n, np.int64(0), g, m, r, rows, one, tile_q, ldk)
             load_rows(dy, n, np.int64(0), g, m, r, rows, one, tile_dy, ldv)
@@ -134,12 +143,8 @@ def keys_block(q, k, v, low, high, n, g, position, scale, block_q, block_k, lse,
             load_vector(delta, n, np.int64(0), g, m, r, rows, delta_)
             matmul(p, ld, tile_q, ldk, across_k, ld, rows, count, width, one, nil)
             matmul(ds, ld, tile_dy, ldv, across_v, ld, rows, count, depth, one, nil)
+            hide(p, low, high, n, r, rows, m, g, position, count, 1, ld)
             for i in range(rows):
-                first, end = bound(low, n, r + i, m, g) - position, bound(high, n, r + i, m, g) - position
-                for j in range(min(count, max(0, first))):
-                    p[i * ld + j] = -np.inf
-                for j in range(max(0, end), count):
-                    p[i * ld + j] = -np.inf
                 less, shift = splat(p, lse_[i], NARROW), splat(p, delta_[i], NARROW)
                 for j in range(i * ld, i * ld + ld, lanes(p, NARROW)):
                     weight = exp(sub(load(p, j, NARROW), less))
@@ -173,23 +178,14 @@ def queries_block(q, k, v, low, high, n, g, r, rows, scale, block, lse, dy, delt
     load_vector(delta, n, np.int64(0), g, m, r, rows, delta_)
     sum_q[:] = 0
 
-    position, last = bound(low, n, r, m, g), bound(high, n, r, m, g)
-    for i in range(rows):
-        position = min(position, bound(low, n, r + i, m, g))
-        last = max(last, bound(high, n, r + i, m, g))
-    position, last = np.int64(position), np.int64(last)
+    position, last = spanned(low, high, n, r, rows, m, g)
     while position < last:
         count = min(block, last - position)
         load_rows(k, n, position, g, np.int64(1), np.int64(0), count, scale, tile_k, ldk)
         load_rows(v, n, position, g, np.int64(1), np.int64(0), count, one, tile_v, ldv)
         matmul(p, ld, tile_k, ldk, across_q, ld, count, rows, width, one, nil)
         matmul(ds, ld, tile_v, ldv, across_dy, ld, count, rows, depth, one, nil)
-        for i in range(rows):
-            first, end = bound(low, n, r + i, m, g) - position, bound(high, n, r + i, m, g) - position
-            for j in range(min(count, max(0, first))):
-                p[j * ld + i] = -np.inf
-            for j in range(max(0, end), count):
-                p[j * ld + i] = -np.inf
+        hide(p, low, high, n, r, rows, m, g, position, count, ld, 1)
         for j in range(count):
             for i in range(0, ld, lanes(p, NARROW)):
                 weight = exp(sub(load(p, j * ld + i, NARROW), load(lse_, i, NARROW)))
