@@ -27,12 +27,22 @@ class PackedAttention(Protocol):
     def takes(self, q: Array, k: Array, v: Array) -> bool:
         """Whether it runs on these."""
 
-    def forward(
-        self, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float
-    ) -> tuple[tuple[Array, Array], Any]:
-        """``(y, lse)``, and what the backward wants."""
+    def forward(self, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float) -> tuple[Array, Array]:
+        """``(y, lse)``."""
 
-    def backward(self, saved: Any, dy: Array, dlse: Array) -> tuple[Array, Array, Array]:
+    def backward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        low: Array,
+        high: Array,
+        scale: float,
+        y: Array,
+        lse: Array,
+        dy: Array,
+        dlse: Array,
+    ) -> tuple[Array, Array, Array]:
         """Gradients of q, k and v."""
 
 
@@ -47,7 +57,16 @@ def packed_attention(
     kernel = _kernel(library, backend, q, k, v)
     if kernel is None:
         return by_arrays(library, q, k, v, low, high, scale)
-    y, lse = library.custom(lambda q, k, v: kernel.forward(q, k, v, low, high, scale), kernel.backward, (q, k, v))
+
+    def forward(q: Array, k: Array, v: Array) -> tuple[tuple[Array, Array], Any]:
+        found = kernel.forward(q, k, v, low, high, scale)
+        return found, (q, k, v, *found)
+
+    def backward(saved: Any, dy: Array, dlse: Array) -> tuple[Array, Array, Array]:
+        q, k, v, y, lse = saved
+        return kernel.backward(q, k, v, low, high, scale, y, lse, dy, dlse)
+
+    y, lse = library.custom(forward, backward, (q, k, v))
     return y, lse
 
 
@@ -56,7 +75,9 @@ def _kernel(library: Any, backend: str, q: Array, k: Array, v: Array) -> PackedA
         primitives: Callable[[], dict[str, PackedAttention]] | None = getattr(found, "primitives", None)
         if backend not in ("auto", found.name) or primitives is None or not found.status():
             continue
-        if library.name not in found.place.libraries or library.device(q) not in found.place.devices:
+        if library.name not in found.place.libraries:
+            continue
+        if backend == "auto" and library.device(q) not in found.place.devices:
             continue
         kernel = primitives().get("packed_attention")
         if kernel is not None and library.name in kernel.arrays and kernel.takes(q, k, v):

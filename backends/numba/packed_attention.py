@@ -283,38 +283,52 @@ class PackedAttention:
         """Whatever has as many heads of values as of keys."""
         return bool(k.shape[2] == v.shape[2])
 
-    def forward(self, q: Any, k: Any, v: Any, low: Any, high: Any, scale: float) -> tuple[tuple[Any, Any], Any]:
+    def forward(self, q: Any, k: Any, v: Any, low: Any, high: Any, scale: float) -> tuple[Any, Any]:
         """Output and lse, in the arrays' own library."""
         like = q
-        q, k, v = (_host(a) for a in (q, k, v))
-        low, high = (np.ascontiguousarray(_host(a, np.int32)) for a in (low, high))
+        q, k, v, low, high = _all_hosts(q, k, v, low, high)
         batch, tokens, heads, _ = q.shape
         m, factor = heads // k.shape[2], q.dtype.type(scale)
         y = np.zeros((batch, tokens, heads, v.shape[3]), q.dtype)
         lse = np.full((batch, tokens, heads), -np.inf, q.dtype)
-        pairs = float(np.sum(high - low, dtype=np.float64)) * (heads / high.shape[2])
-        work = pairs * (q.shape[3] + v.shape[3]) + 1.0
         if k.shape[1] and tokens:
             table = _blocks(batch, tokens * m, BLOCK_Q)
+            work = _work(q, v, low, high)
             forward(work, len(table) * k.shape[2], q, k, v, low, high, table, factor, BLOCK_Q, BLOCK_K, y, lse)
-        saved = (like, q, k, v, low, high, factor, y, lse, work)
-        return (_back(y, like), _back(lse, like)), saved
+        return _back(y, like), _back(lse, like)
 
-    def backward(self, saved: Any, dy: Any, dlse: Any) -> tuple[Any, Any, Any]:
+    def backward(
+        self, q: Any, k: Any, v: Any, low: Any, high: Any, scale: float, y: Any, lse: Any, dy: Any, dlse: Any
+    ) -> tuple[Any, Any, Any]:
         """Gradients of q, k and v."""
-        like, q, k, v, low, high, factor, y, lse, work = saved
-        dy, dlse = _host(dy), _host(dlse)
+        like = q
+        q, k, v, low, high = _all_hosts(q, k, v, low, high)
+        y, lse, dy, dlse = (_host(a) for a in (y, lse, dy, dlse))
         dq, dk, dv = (np.zeros(a.shape, a.dtype) for a in (q, k, v))
         if k.shape[1] and q.shape[1]:
             groups, m = k.shape[2], q.shape[2] // k.shape[2]
-            delta = np.empty(lse.shape, lse.dtype)
+            delta, work = np.empty(lse.shape, lse.dtype), _work(q, v, low, high)
             lse = np.where(np.isfinite(lse), lse, 0).astype(lse.dtype)
             queries, rows = _blocks(q.shape[0], q.shape[1] * m, BLOCK_Q), _blocks(k.shape[0], k.shape[1], BLOCK_K)
             backward_deltas(float(q.size), len(queries) * groups, y, dy, dlse, queries, groups, BLOCK_Q, delta)
-            inputs, sizes = (q, k, v, low, high), (factor, BLOCK_Q, BLOCK_K, lse, dy, delta)
+            inputs, sizes = (q, k, v, low, high), (q.dtype.type(scale), BLOCK_Q, BLOCK_K, lse, dy, delta)
             backward_keys(2.5 * work, len(rows) * groups, *inputs, rows, *sizes, dk, dv)
             backward_queries(1.5 * work, len(queries) * groups, *inputs, queries, *sizes, dq)
-        return tuple(_back(a, like) for a in (dq, dk, dv))
+        return _back(dq, like), _back(dk, like), _back(dv, like)
+
+
+def _all_hosts(q: Any, k: Any, v: Any, low: Any, high: Any) -> tuple[np.ndarray, ...]:
+    """The arguments of both directions as NumPy arrays."""
+    return (
+        *(_host(a) for a in (q, k, v)),
+        *(np.ascontiguousarray(_host(a, np.int32)) for a in (low, high)),
+    )
+
+
+def _work(q: np.ndarray, v: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """Multiplications, for the number of threads."""
+    pairs = float(np.sum(high - low, dtype=np.float64)) * (q.shape[2] / high.shape[2])
+    return pairs * (q.shape[3] + v.shape[3]) + 1.0
 
 
 def _host(a: Any, dtype: Any = None) -> np.ndarray:
