@@ -141,15 +141,19 @@ def _norm(xp: Any, x: Array) -> Array:
     return xp.where(zero, xp.zeros_like(square), xp.sqrt(xp.where(zero, xp.ones_like(square), square)))
 
 
-def scores(xp: Any, options: Options, token: Mapping[str, Array], predicted: Array | None) -> Array:
-    """What is compared with the threshold: ``[...]`` for all heads, ``[...,H]`` for each alone."""
-    heads = token["v"].shape[-2]
+def scores(
+    xp: Any, options: Options, token: Mapping[str, Array], predicted: Array | None, error: Array | None = None
+) -> Array:
+    """What is compared with the threshold: ``[...]`` for all heads, ``[...,H]`` for each alone.
+
+    From predictions, or from errors that are known.
+    """
     if options["router"] == "given":
-        score = token["score"]
+        score, heads = token["score"], token["v"].shape[-2]
         if options["decide"] == "head" and score.ndim < token["v"].ndim - 1:
             score = xp.broadcast_to(score[..., None], (*score.shape, heads))
         return score
-    error = errors(xp, options, token, predicted)
+    error = errors(xp, options, token, predicted) if error is None else error
     return error if options["decide"] == "head" else xp.min(error, axis=-1)
 
 
@@ -346,10 +350,12 @@ def remark(mixer: Any, call: Any) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _specialised(key: str) -> MixerSpec:
-    from mixers.hybrid import compose
+    from mixers.hybrid import PRIMITIVES, compose
 
     options = json.loads(key)
-    return dataclasses.replace(ham, inputs=_inputs(options), reserve=_reserve(options), compose=compose)
+    return dataclasses.replace(
+        ham, inputs=_inputs(options), reserve=_reserve(options), compose=compose, primitives=PRIMITIVES
+    )
 
 
 def _inputs(options: Options) -> tuple[Arg, ...]:

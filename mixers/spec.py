@@ -245,6 +245,7 @@ class MixerSpec:
         compose: runs a call on whole sequences by other mixers and array operations: ``f(library, mixer, call, x)``,
             named as in ``mixers.problem``. Every backend but the reference then runs that.
         parts: the specifications and options of the mixers that ``compose`` calls.
+        primitives: the operations that ``compose`` has backends' kernels for; see ``mixers.primitive``.
         remark: something to say in an explanation: ``f(mixer, call)``, empty for nothing.
     """
 
@@ -275,6 +276,7 @@ class MixerSpec:
     settle: Callable[[Any, dict[str, Array]], dict[str, Array]] | None = None
     compose: Callable[[Any, Any, Any, dict[str, Array]], dict[str, Array]] | None = None
     parts: Callable[[Options], "tuple[tuple[MixerSpec, dict[str, Any]], ...]"] = lambda options: ()
+    primitives: tuple[Any, ...] = ()
     remark: Callable[[Any, Any], str] | None = None
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: MappingProxyType({"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3})

@@ -89,13 +89,13 @@ def test_packed_attention(sizes: tuple[int, ...], cap: int, share: float) -> Non
     wanted = torch.autograd.grad(flowing, leaves, allow_unused=True) if share else [torch.zeros_like(a) for a in leaves]
 
     x = [a.detach().float().to(DEVICE) for a in leaves]
-    call = (*x, low.to(DEVICE), high.to(DEVICE), 0.3)
-    assert PRIMITIVE.takes(*x)
+    call = tuple(x), (low.to(DEVICE), high.to(DEVICE)), 0.3, ""
+    assert PRIMITIVE.serves("float32", DEVICE, (width, depth))
     got = PRIMITIVE.forward(*call)
     torch.testing.assert_close(got[0].cpu().double(), y.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1].cpu().double(), lse.detach(), rtol=1e-5, atol=1e-5)
-    found = PRIMITIVE.backward(*call, *got, dy.to(DEVICE), dlse.to(DEVICE))
-    again = PRIMITIVE.backward(*call, *got, dy.to(DEVICE), dlse.to(DEVICE))
+    found = PRIMITIVE.backward(*call, got, (dy.to(DEVICE), dlse.to(DEVICE)))
+    again = PRIMITIVE.backward(*call, got, (dy.to(DEVICE), dlse.to(DEVICE)))
     for a, b, c in zip(found, wanted, again, strict=True):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-5)
         assert torch.equal(a, c)

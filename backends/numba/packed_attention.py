@@ -275,16 +275,17 @@ def _blocks(batch: int, rows: int, size: int) -> np.ndarray:
 
 
 class PackedAttention:
-    """See ``mixers.packed.PackedAttention``."""
+    """See ``mixers.packed``."""
 
     arrays = ("numpy", "torch")
 
-    def takes(self, q: Any, k: Any, v: Any) -> bool:
-        """Whatever has as many heads of values as of keys."""
-        return bool(k.shape[2] == v.shape[2])
+    def serves(self, dtype: str, device: str, widths: tuple[int, int]) -> bool:
+        """Everything on a CPU."""
+        return device == "cpu"
 
-    def forward(self, q: Any, k: Any, v: Any, low: Any, high: Any, scale: float) -> tuple[Any, Any]:
+    def forward(self, x: Any, fixed: Any, scale: float, how: str) -> tuple[Any, Any]:
         """Output and lse, in the arrays' own library."""
+        (q, k, v), (low, high) = x, fixed
         like = q
         q, k, v, low, high = _all_hosts(q, k, v, low, high)
         batch, tokens, heads, _ = q.shape
@@ -295,12 +296,11 @@ class PackedAttention:
             table = _blocks(batch, tokens * m, BLOCK_Q)
             work = _work(q, v, low, high)
             forward(work, len(table) * k.shape[2], q, k, v, low, high, table, factor, BLOCK_Q, BLOCK_K, y, lse)
-        return _back(y, like), _back(lse, like)
+        return _back(y, like), _in(lse, like)
 
-    def backward(
-        self, q: Any, k: Any, v: Any, low: Any, high: Any, scale: float, y: Any, lse: Any, dy: Any, dlse: Any
-    ) -> tuple[Any, Any, Any]:
+    def backward(self, x: Any, fixed: Any, scale: float, how: str, out: Any, dout: Any) -> tuple[Any, Any, Any]:
         """Gradients of q, k and v."""
+        (q, k, v), (low, high), (y, lse), (dy, dlse) = x, fixed, out, dout
         like = q
         q, k, v, low, high = _all_hosts(q, k, v, low, high)
         y, lse, dy, dlse = (_host(a) for a in (y, lse, dy, dlse))
@@ -341,13 +341,19 @@ def _host(a: Any, dtype: Any = None) -> np.ndarray:
     return np.asarray(a, dtype)
 
 
-def _back(a: np.ndarray, like: Any) -> Any:
-    """In the library and dtype of another array."""
+def _in(a: np.ndarray, like: Any) -> Any:
+    """In the library of another array."""
     if isinstance(like, np.ndarray):
-        return a.astype(like.dtype, copy=False)
+        return a
     import torch
 
-    return torch.from_numpy(a).to(like.dtype)
+    return torch.from_numpy(a)
+
+
+def _back(a: np.ndarray, like: Any) -> Any:
+    """In the library and dtype of another array."""
+    found = _in(a, like)
+    return found.astype(like.dtype, copy=False) if isinstance(like, np.ndarray) else found.to(like.dtype)
 
 
 PRIMITIVE = PackedAttention()

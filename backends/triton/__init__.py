@@ -41,7 +41,8 @@ class TritonBackend:
 
     def primitives(self) -> dict[str, Any]:
         """Kernels that compositions call; see ``mixers.packed``."""
-        return {"packed_attention": import_module(".packed_attention", __package__).PRIMITIVE}
+        names = ("packed_attention", "predictive_delta")
+        return {name: import_module(f".{name}", __package__).PRIMITIVE for name in names}
 
     def compile_only(self, capability: int) -> None:
         """From now on compile what is launched, for a GPU that this process cannot see, and run nothing."""

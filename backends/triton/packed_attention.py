@@ -22,7 +22,7 @@ import triton.language as tl
 from mixers.spec import Array
 
 from .blocks import dot
-from .kernel import INTERPRETED, WIDEST, block, dense, place
+from .kernel import INTERPRETED, WIDEST, block, dense, place, runs_here
 
 # Maxima start at a low number, not at −∞: a query that sees nothing has weights of 0.
 LOWEST = tl.constexpr(-1e30)
@@ -292,24 +292,17 @@ def backward_rows(
 
 
 class PackedAttention:
-    """See ``mixers.packed.PackedAttention``."""
+    """See ``mixers.packed``."""
 
     arrays = ("torch",)
 
-    def takes(self, q: Array, k: Array, v: Array) -> bool:
-        """On a GPU: as many heads of values as of keys, widths up to 256, and no float64."""
-        widths = (q.shape[3], v.shape[3])
-        halves = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
-        return (
-            q.device.type == ("cpu" if INTERPRETED else "cuda")
-            and k.shape[2] == v.shape[2]
-            and all(1 <= width <= WIDEST for width in widths)
-            and q.dtype == k.dtype == v.dtype
-            and q.dtype in (torch.float32, *halves)
-        )
+    def serves(self, dtype: str, device: str, widths: tuple[int, int]) -> bool:
+        """Widths up to 256 on a GPU, and no float64."""
+        return runs_here(dtype, device) and all(1 <= width <= WIDEST for width in widths)
 
-    def forward(self, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float) -> tuple[Array, Array]:
+    def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], scale: float, how: str) -> tuple[Array, Array]:
         """Output and lse."""
+        (q, k, v), (low, high) = x, fixed
         y = torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if not q.numel():
@@ -321,18 +314,15 @@ class PackedAttention:
 
     def backward(
         self,
-        q: Array,
-        k: Array,
-        v: Array,
-        low: Array,
-        high: Array,
+        x: tuple[Array, ...],
+        fixed: tuple[Array, ...],
         scale: float,
-        y: Array,
-        lse: Array,
-        dy: Array,
-        dlse: Array,
+        how: str,
+        out: tuple[Array, ...],
+        dout: tuple[Array, ...],
     ) -> tuple[Array, Array, Array]:
         """Gradients of q, k and v."""
+        (q, k, v), (low, high), (y, lse), (dy, dlse) = x, fixed, out, dout
         if not q.numel() or not k.numel():
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         call = _Call(q, k, v, low, high, scale)

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from mixers import reference
+from mixers.arrays import torch_primitive
 from mixers.arrays.numpy import fill_first_state as fill_host
 from mixers.arrays.numpy import run_backward, run_forward
 from mixers.backend import Pool
 from mixers.call import Call
 from mixers.mixer import Mixer, Plan, from_key
 from mixers.packing import Pack, check_offsets
+from mixers.primitive import Primitive
 from mixers.problem import Arrays, Flags, Problem, outputs
 from mixers.result import Result
 from mixers.spec import Array, MixerSpec, Sizes
@@ -106,10 +108,11 @@ class Torch:
         """A call."""
         return mixer(**arguments)
 
-    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        """An ``autograd.Function``."""
-        outputs: tuple[Array, ...] = _Custom.apply(forward, backward, *arrays)  # type: ignore[no-untyped-call]
-        return outputs
+    def primitive(
+        self, primitive: Primitive, of: Any, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
+    ) -> tuple[Array, ...] | None:
+        """An operator of its own."""
+        return torch_primitive.call(primitive, of, x, fixed, factor, how)
 
     def untraced(self, function: Any) -> Any:
         """The function as a break of the graph: how much is kept decides shapes."""
@@ -173,6 +176,8 @@ class Torch:
         """Define the mixer's operators; a composition has those of its parts."""
         if mixer.spec.compose is None:
             define_operators(mixer.spec, mixer.options)
+        for primitive in mixer.spec.primitives:
+            torch_primitive.define(primitive)
 
     def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
         """A call in eager mode: its checks, problem and plan are those of the last one like it."""
@@ -221,24 +226,6 @@ class Torch:
             define_operators(call.spec, call.options)
         results = _operators[name](*tensors, key)
         return dict(zip(_result_names(call.spec, call.options), results, strict=True))
-
-
-class _Custom(torch.autograd.Function):
-    """See ``Torch.custom``."""
-
-    @staticmethod
-    def forward(ctx: Any, forward: Any, backward: Any, *arrays: Any) -> Any:
-        """Run, and keep what the backward wants."""
-        outputs, ctx.saved = forward(*(a.detach() for a in arrays))
-        ctx.backward_of = backward
-        ctx.set_materialize_grads(True)
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """Run the gradient's own function."""
-        return None, None, *ctx.backward_of(ctx.saved, *gradients)
 
 
 _DTYPE_NAMES = {
