@@ -16,8 +16,8 @@ from mixers import reference
 from mixers.algebra import like, softmax
 from mixers.call import Call
 from mixers.ham import spread
-from mixers.memory_caching import base_of, boundaries, largest
-from mixers.mixer import Mixer, part
+from mixers.memory_caching import boundaries, largest
+from mixers.mixer import Mixer
 from mixers.problem import Arrays
 from mixers.spec import Array, Memory, MixerSpec, Options, Sizes
 
@@ -26,8 +26,7 @@ State = tuple[Array, ...]
 
 def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
     """See the module; named as in ``mixers.problem``."""
-    base, base_options = base_of(mixer.options["base"])
-    inner = part(base, mixer.backend, mixer.allow_tf32, tuple(base_options.items()))
+    (inner,) = mixer.parts
     fresh = not any(call.x.get(f"initial.{f.name}") is not None for f in call.spec.state(call.options).fields)
     run = _Run(library, call, mixer.options, inner)
 

@@ -376,12 +376,9 @@ def specialise(options: Options) -> MixerSpec:
 
 
 def _parts(options: Options) -> tuple[tuple[MixerSpec, dict[str, Any]], ...]:
-    return ((gated_delta_rule, gated_delta_rule.resolve({"scale": options["scale"]})),)
-
-
-def recurrence_of(log_decay: Array | None) -> str:
-    """The mixer that runs over every token."""
-    return delta_rule.name if log_decay is None else gated_delta_rule.name
+    """With decays and without, scaled as asked for and not at all, which is how predictions read."""
+    specs, scales = (gated_delta_rule, delta_rule), (options["scale"], 1.0)
+    return tuple((spec, spec.resolve({"scale": scale})) for spec in specs for scale in scales)
 
 
 def _flops(sizes: Sizes, options: Options) -> float:

@@ -14,7 +14,7 @@ from mixers import ham, reference
 from mixers.algebra import device_of, read, stop
 from mixers.call import Call
 from mixers.ham import HAMState, sides, spread
-from mixers.mixer import Mixer, part
+from mixers.mixer import Mixer
 from mixers.packed import PRIMITIVE as PACKED
 from mixers.packed import merge, packed_attention
 from mixers.primitive import Primitive, Shapes, run
@@ -63,9 +63,9 @@ def decide(mixer: Mixer, call: Call) -> Any:
     return library.host(keep)
 
 
-def _recurrence(mixer: Mixer, token: dict[str, Array], **options: Any) -> Mixer:
-    name = ham.recurrence_of(token.get("log_decay"))
-    return part(name, mixer.backend, mixer.allow_tf32, tuple(options.items()))
+def _recurrence(mixer: Mixer, token: dict[str, Array], unscaled: bool) -> Mixer:
+    """The part that runs over every token; see ``ham._parts``."""
+    return mixer.parts[2 * (token.get("log_decay") is None) + unscaled]
 
 
 def _gates(token: dict[str, Array]) -> dict[str, Array]:
@@ -83,7 +83,7 @@ def _ran(library: Any, mixer: Mixer, token: dict[str, Array], first: Array) -> t
             y, state, error = found
             return y, state, error
     result = library.call(
-        _recurrence(mixer, token, scale=options["scale"]),
+        _recurrence(mixer, token, False),
         q=token["q"],
         k=token["k"],
         v=token["v"],
@@ -122,7 +122,7 @@ def _predictions(library: Any, mixer: Mixer, token: dict[str, Array], first: Arr
     # The last token's read is of no use, so it does not run.
     short = {n: a[:, :-1] for n, a in _gates(token).items()}
     reads = library.call(
-        _recurrence(mixer, token, scale=1.0),
+        _recurrence(mixer, token, True),
         q=k[:, 1:],
         k=k[:, :-1],
         v=v[:, :-1],

@@ -116,7 +116,7 @@ class Torch:
 
     def untraced(self, function: Any) -> Any:
         """The function as a break of the graph: how much is kept decides shapes."""
-        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return function
 
     def bounds(self, offsets: Array) -> list[int]:
         """Python numbers: on a GPU this waits for the device."""
@@ -176,6 +176,8 @@ class Torch:
         """Define the mixer's operators; a composition has those of its parts."""
         if mixer.spec.compose is None:
             define_operators(mixer.spec, mixer.options)
+        for arg in (*mixer.spec.inputs, *mixer.spec.parameters):
+            arg.layouts  # noqa: B018  read once: a tracer does not follow a lock
         for primitive in mixer.spec.primitives:
             torch_primitive.define(primitive)
 
