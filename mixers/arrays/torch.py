@@ -76,22 +76,21 @@ class Torch:
         return torch.stack(outputs, dim=1), state
 
     def largest(self, counts: Array) -> int | None:
-        """A Python number: on a GPU this waits for the device; unknown while traced."""
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        """A Python number: on a GPU this waits for the device; unknown while traced or captured."""
+        if _unknown(counts):
             return None
         return int(counts.max()) if counts.numel() else 0
 
     def first_nan(self, array: Array) -> tuple[int, ...] | None:
         """A position; never asked of a device that would have to be waited for, nor of what is traced."""
-        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-        if traced or array.device.type != "cpu":
+        if array.device.type != "cpu" or _unknown(array):
             return None
         where = torch.isnan(array.detach()).nonzero()
         return tuple(where[0].tolist()) if len(where) else None
 
     def host(self, counts: Array) -> np.ndarray | None:
-        """The numbers: on a GPU this waits for the device; unknown while traced."""
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        """The numbers: on a GPU this waits for the device; unknown while traced or captured."""
+        if _unknown(counts):
             return None
         found: np.ndarray = counts.detach().cpu().numpy()
         return found
@@ -228,6 +227,13 @@ class Torch:
             define_operators(call.spec, call.options)
         results = _operators[name](*tensors, key)
         return dict(zip(_result_names(call.spec, call.options), results, strict=True))
+
+
+def _unknown(array: Array) -> bool:
+    """Whether there are no numbers yet: an array is traced, or its work captured in a graph."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return bool(array.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 _DTYPE_NAMES = {
