@@ -354,7 +354,12 @@ def _specialised(key: str) -> MixerSpec:
 
     options = json.loads(key)
     return dataclasses.replace(
-        ham, inputs=_inputs(options), reserve=_reserve(options), compose=compose, primitives=PRIMITIVES
+        ham,
+        inputs=_inputs(options),
+        reserve=_reserve(options),
+        compose=compose,
+        traced=lambda call: call.x.get("offsets") is None,
+        primitives=PRIMITIVES,
     )
 
 

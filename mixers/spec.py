@@ -244,6 +244,7 @@ class MixerSpec:
         settle: cuts what ``reserve`` grew too far: ``f(call, outputs)``; never while something is traced.
         compose: runs a call on whole sequences by other mixers and array operations: ``f(library, mixer, call, x)``,
             named as in ``mixers.problem``. Every backend but the reference then runs that.
+        traced: whether a compiler may follow ``compose`` in a call, ``f(call)``: not where numbers decide about shapes.
         parts: the specifications and options of the mixers that ``compose`` calls.
         primitives: the operations that ``compose`` has backends' kernels for; see ``mixers.primitive``.
         remark: something to say in an explanation: ``f(mixer, call)``, empty for nothing.
@@ -275,6 +276,7 @@ class MixerSpec:
     refuse: Callable[[Any, Any, bool], None] | None = None
     settle: Callable[[Any, dict[str, Array]], dict[str, Array]] | None = None
     compose: Callable[[Any, Any, Any, dict[str, Array]], dict[str, Array]] | None = None
+    traced: Callable[[Any], bool] = lambda call: False
     parts: Callable[[Options], "tuple[tuple[MixerSpec, dict[str, Any]], ...]"] = lambda options: ()
     primitives: tuple[Any, ...] = ()
     remark: Callable[[Any, Any], str] | None = None

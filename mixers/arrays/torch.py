@@ -115,7 +115,7 @@ class Torch:
 
     def untraced(self, function: Any) -> Any:
         """The function as a break of the graph: how much is kept decides shapes."""
-        return function
+        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
     def bounds(self, offsets: Array) -> list[int]:
         """Python numbers: on a GPU this waits for the device."""
