@@ -12,6 +12,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# JAX takes three quarters of a GPU that it finds unless told otherwise; here many processes share one.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--backend numba`` checks one backend; by default all that are installed, and the reference."""

@@ -3,7 +3,6 @@
 Pools and laws 5 to 7: ``conformance/test_device.py``.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -149,32 +148,30 @@ def losses(mix: Any, x: dict[str, Any]) -> Any:
 @each_mixer
 def test_registers_hold_the_state(name: str) -> None:
     """In local memory, which is slow, there is no tile of a state, in any kernel that bfloat16 or float32 loads."""
+    for program in programs():
+        program.functions.clear()  # other tests' kernels have other widths and dtypes, and float64 may spill
     for dtype in ("bfloat16", "float32"):
         losses(mixers.get(name, backend="cuda"), inputs(name, 2, 70, width=64, dtype=dtype))
     for program in programs():
         for (_, chosen, *_), function in program.functions.items():
             constants, usage = dict(chosen), function.usage(0)
-            if "float64" in constants.values():  # another test's: at twice the registers it may spill
-                continue
             tile = 4 * constants.get("rows", 1) * constants.get("columns", 1)
             assert usage.local_bytes < tile and usage.registers <= 255, (program.module, chosen, usage)
 
 
 FIRST_CALL = """
-import json, sys, time
+import sys
 import torch, mixers
 x = {n: torch.ones(1, 4, 2, 64, device="cuda", dtype=torch.bfloat16) for n in "qkv"}
+mixers.get("delta_rule", backend="cuda")(**x, beta=torch.ones(1, 4, 2, device="cuda"))
 torch.cuda.synchronize()
-begun = time.perf_counter()
-y = mixers.get("delta_rule", backend="cuda")(**x, beta=torch.ones(1, 4, 2, device="cuda")).y
-torch.cuda.synchronize()
-print(json.dumps([time.perf_counter() - begun, "numba.cuda" in sys.modules]))
+print(*[name for name in ("numba.cuda", "torch._dynamo") if name in sys.modules])
 """
 
 
 @on_gpu
-def test_a_compiled_kernel_starts_without_numba() -> None:
+def test_a_compiled_kernel_starts_without_compilers() -> None:
+    """Neither Numba's nor torch's is imported: each takes seconds."""
     found = [subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True) for _ in range(2)]
     assert found[1].returncode == 0, found[1].stderr
-    seconds, imported = json.loads(found[1].stdout.splitlines()[-1])
-    assert not imported and seconds < 1
+    assert found[1].stdout.split() == []

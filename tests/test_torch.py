@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -413,3 +415,16 @@ def test_numpy_and_torch_say_the_same(name: str, options: dict[str, Any]) -> Non
     assert type(on_torch.y) is torch.Tensor
     assert type(on_numpy.y) is np.ndarray
     np.testing.assert_allclose(on_torch.y.numpy(), on_numpy.y, rtol=0, atol=1e-10)
+
+
+def test_calls_do_not_import_the_compiler() -> None:
+    """``torch._dynamo`` takes two seconds, which nobody who does not compile should wait for."""
+    program = (
+        "import sys, torch, mixers\n"
+        "x = {n: torch.ones(1, 4, 2, 8, requires_grad=True) for n in 'qkv'}\n"
+        "mix = mixers.get('delta_rule', backend='reference')\n"
+        "mix(**x, beta=torch.ones(1, 4, 2)).y.sum().backward()\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]

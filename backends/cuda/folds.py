@@ -6,6 +6,7 @@
     load_bits, widen = later(kind, real)   a load whose number is made when it is wanted, so that nobody waits for it
     any_lane(flag)                whether any lane of the warp says so
     rsqrt(x)                      1/√x
+    fma(x, y, z)                  x y + z, rounded once
     base = shared_place(array)    where a shared array lies, worked out once and kept in a register
     get(real, 4)(base, i)         four neighbours of it as a tuple, i a multiple of 4; so for 2 and 1
     put(real)(base, i, x)         one of them; put_four(real)(base, i, a, b, c, d)
@@ -165,6 +166,10 @@ if SIMULATED:
         """In the dtype of x."""
         return type(x)(1) / np.sqrt(x)
 
+    def fma(x, y, z):
+        """In their dtype; rounded twice here, but always."""
+        return x * y + z
+
     def later(kind, real):
         """A load, and what makes a number of what it found; the type in between."""
         return load(kind), np.dtype(real).type, np.dtype(real).type
@@ -250,6 +255,18 @@ else:
             return builder.fdiv(ir.Constant(kind, 1), found) if double else found
 
         return x(x), emit
+
+    @intrinsic
+    def fma(typing_context, x, y, z):
+        """Never taken apart, and nothing else is contracted into it."""
+
+        def emit(context, builder, signature, values):
+            kind = ir.DoubleType() if signature.return_type == types.float64 else ir.FloatType()
+            name = "llvm.fma.f64" if kind == ir.DoubleType() else "llvm.fma.f32"
+            function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+            return builder.call(function, values)
+
+        return x(x, x, x), emit
 
     def later(kind, real):
         """A load, and what makes a number of what it found; the type in between."""

@@ -7,8 +7,10 @@ With G = dL/ds' (the carry and scale q dyᵀ), λ = ⟨G,s'⟩, D = dL/ds̃ = (G
 
 All of them are sums of a few dot products of a slot, ⟨G,s⟩, ⟨G,h⟩, ⟨s,dy⟩, ⟨s,s⟩, times numbers that the forward has
 left (a, 1/n and h of every token), so that D and s' are never formed: one exchange over lanes, one sum over slots, one
-barrier a token. The slots of a segment are turned again from the kept ones, which asks for no sum at all, and wait in
-shared memory, or in scratch where they do not fit, every thread's own.
+barrier a token. Where a decay leaves little of a slot, n is small and x may be much smaller than h: then s̃ is taken as
+μ s + c x and products with x are summed themselves, for ⟨G,h⟩ − a ⟨G,s⟩ would cancel. The slots of a segment are turned
+again from the kept ones, which asks for no sum at all, and wait in shared memory, or in scratch where they do not fit,
+every thread's own.
 
     kept, scratch: slots as threads hold them     measured [B·T, H, 2K + V]: a, 1/n, h     layout of ``lattice_forward``
 """
@@ -19,7 +21,7 @@ import numpy as np
 
 from .agreed import DECODING, ENCODING, shares
 from .device import WARP, load, store, sum_lanes
-from .folds import fold, get, put, put_four, read_four, shared_place, write_four
+from .folds import fma, fold, get, put, put_four, read_four, shared_place, write_four
 from .lattice_slots import direction
 from .place import marks_before, seat, span
 from .source import cuda
@@ -196,10 +198,10 @@ def build(
                 for i in range(R):
                     strength = take(held, BETAS + at_k + i)[0] if PER_SLOT else take(held, BETAS + early)[0]
                     c = strength * (kk[i] - a[i] if ENCODES else kk[i])
-                    rho[i], alpha[i] = (mu - c * a[i]) * over[i], c * over[i]
+                    rho[i], alpha[i] = fma(-c, a[i], mu) * over[i], c * over[i]
                 for i in range(R):
                     for j in range(C):
-                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                        s[i * C + j] = fma(rho[i], s[i * C + j], alpha[i] * h[j])
                 if GATED:
                     for i in range(R):
                         if over[i] == zero:
@@ -262,20 +264,30 @@ def build(
                     inverse, query = over[i], gain * of_q[i]
                     z = kk[i] - a[i] if ENCODES else kk[i]
                     c = strength * z
-                    w = mu - c * a[i]
+                    w = fma(-c, a[i], mu)
                     turned, pulled = w * inverse, c * inverse
-                    with_s, with_h, read_s, size = zero, zero, zero, zero
+                    with_s, with_h, read_s, size, meets, square = zero, zero, zero, zero, zero, zero
                     for j in range(C):
                         if READ_NORM:
                             carry[i * C + j] += query * up[j]
                         with_s += carry[i * C + j] * s[i * C + j]
-                        with_h += carry[i * C + j] * h[j]
                         read_s += up[j] * s[i * C + j]
                         size += s[i * C + j] * s[i * C + j]
+                        if GATED:
+                            x_j = h[j] - a[i] * s[i * C + j]
+                            with_h += carry[i * C + j] * x_j
+                            meets += s[i * C + j] * x_j
+                            square += x_j * x_j
+                        else:
+                            with_h += carry[i * C + j] * h[j]
                     with_s, with_h, read_s, size = along(with_s), along(with_h), along(read_s), along(size)
-                    turn = inverse * (turned * with_s + pulled * with_h)
-                    of_s = inverse * with_s - turn * (turned * size + pulled * a[i])
-                    of_h = inverse * with_h - turn * (turned * a[i] + pulled * hh)
+                    if GATED:
+                        meets, square, stays = along(meets), along(square), mu * inverse
+                    else:
+                        meets, square, stays = a[i], hh, turned
+                    turn = inverse * (stays * with_s + pulled * with_h)
+                    of_s = inverse * with_s - turn * (stays * size + pulled * meets)
+                    of_h = inverse * with_h - turn * (stays * meets + pulled * square)
                     if READ_NORM:
                         of_q[i] = turned * read_s + pulled * pull
                         if GATED:
@@ -288,8 +300,8 @@ def build(
                     else:
                         of_q[i] = w * read_s + c * pull
                         of_s += query * read_s
-                        of_h += query * pull
-                    of_x = of_h - a[i] * of_s
+                        of_h += query * (pull - a[i] * read_s if GATED else pull)
+                    of_x = of_h if GATED else of_h - a[i] * of_s
                     of_mu += of_s
                     of_beta += z * of_x
                     if PER_SLOT and band == 0 and row0 + i < K:

@@ -3,6 +3,10 @@
     a_i = ⟨s_i, h⟩   r_i = ‖s_i‖²     z = k or k − a     c = beta z     w = μ − c a      h = v − Sᵀk or v
     n_i² = w² r + 2 w c a + c² ‖h‖²   ρ = w/n   α = c/n      s'_i = ρ_i s_i + α_i h      y = scale · S'ᵀq or S̃ᵀq
 
+The backward turns slots again from a, 1/n and h. Off by a bit of rounding they would run away from these, for what has
+grown of a slot is not measured again: so both compute w, ρ, α and s' by the same operations, with ``fma`` in place of
+what a compiler may or may not contract.
+
 A block has one head. A warp has ``rows · M`` slots: a lane holds ``rows`` slots by ``columns`` values of them in
 registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over
 lanes, without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
@@ -31,7 +35,7 @@ import numpy as np
 
 from .agreed import DECODING, ENCODING, shares
 from .device import WARP, load, store, sum_lanes
-from .folds import any_lane, fold, get, later, put, rsqrt, shared_place, write_four
+from .folds import any_lane, fma, fold, get, later, put, rsqrt, shared_place, write_four
 from .lattice_slots import direction
 from .place import marks_before, seat, span
 from .source import cuda
@@ -263,7 +267,7 @@ def build(
             if not GATED:
                 for i in range(R):
                     for j in range(C):
-                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                        s[i * C + j] = fma(rho[i], s[i * C + j], alpha[i] * h[j])
                 for i in range(R):
                     size = zero
                     for j in range(C):
@@ -330,34 +334,35 @@ def build(
                     strength = take(held, BETAS + here * np.int32(KP) + row0 + i)[0]
                 c = strength * (kk[i] - a[i] if ENCODES else kk[i])
                 x = c * a[i]
-                w = mu - x
+                w = fma(-c, a[i], mu)
                 if GATED:
                     largest = max(abs(w), abs(c) * number(math.sqrt(hh)))
                     over = one / largest if largest > zero else zero
-                    rho[i], alpha[i], norm[i], inverse[i] = w * over, c * over, largest, over
+                    rho[i], alpha[i], norm[i], inverse[i] = w, c, largest, over
                 else:
                     turned, pulled = w * w * r[i], c * c * hh
                     square = turned + two * w * x + pulled
                     careful = careful or turned + pulled > many * square
                     over = rsqrt(square)
-                    rho[i], alpha[i], norm[i], inverse[i] = w * over, c * over, square * over, over
+                    rho[i], alpha[i], norm[i], inverse[i] = w, c, square * over, over
             if GATED or any_lane(careful):
                 for i in range(R):
-                    size = zero
+                    size, of_s, of_h = zero, rho[i] * inverse[i], alpha[i] * inverse[i]
                     for j in range(C):
-                        turned = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                        turned = of_s * s[i * C + j] + of_h * h[j]
                         size += turned * turned
                     size = along(size)
                     over = rsqrt(size) if size > zero else zero
-                    rho[i] *= over
-                    alpha[i] *= over
                     norm[i] *= size * over
                     inverse[i] *= over
+            for i in range(R):
+                rho[i] *= inverse[i]
+                alpha[i] *= inverse[i]
             if GATED:
                 # Nothing may be left of a slot, and its first direction stands in.
                 for i in range(R):
                     for j in range(C):
-                        s[i * C + j] = rho[i] * s[i * C + j] + alpha[i] * h[j]
+                        s[i * C + j] = fma(rho[i], s[i * C + j], alpha[i] * h[j])
                     if norm[i] == zero:
                         for j in range(C):
                             s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))

@@ -83,6 +83,7 @@ class Cut:
         self.outward: Any = None
         self.fade: Any = None
         self.pairs: Any = None
+        self.p: Any = None
         self.a: Any = None
         self.w: Any = None
         # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: on blocks of 16
@@ -121,16 +122,18 @@ class Cut:
             found |= {"V": s.V, "BV": block_v}
         return found | {"PACKED": self.problem.packed, "CHECKPOINTS": self.every > 0}
 
-    def prepare(self) -> None:
-        """A, P and decays of every chunk."""
+    def prepare(self, back: bool = False) -> None:
+        """A, P and decays of every chunk; without a system to solve only the backward wants P in memory."""
         grid = (self.rows * self.problem.sizes.H,)
-        self.p = self.scratch(self.block_t)
+        self.p = self.scratch(self.block_t) if self.delta or self.decay == 2 or back else None
         self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         if self.decay == 2:
             self._fold(grid)
         else:
             if self.decay == 1:
                 self.inward, self.outward = self.scalars(), self.scalars()
+            elif self.p is None:
+                return
             forwards.scores[grid](
                 *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(self.g, 0, 1, 2),
                 self.p, self.pairs, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
@@ -200,7 +203,7 @@ class Cut:
         _, _, per, every, heads, group = self._lengths_of(self.k)
         forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](
             *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(u, 0, 1, 2), *place(w, 0, 1, 2),
-            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.fade,
+            *place(self.beta, 0, 1, 2), *place(self.g, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.fade,
             *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
             self.marks, s.T, per, every, heads, group, self.scale,
             **self.constants(0, block_v), DELTA=self.delta, DECAY=self.decay, FUSED=fused,
@@ -213,7 +216,8 @@ class Cut:
         """Outputs of all chunks from their first states."""
         s, (block_k, block_v) = self.problem.sizes, self.wide
         forwards.outputs[(self.rows * s.H * triton.cdiv(s.V, block_v),)](
-            *place(self.q, 0, 1, 2), *place(written, 0, 1, 2), self.p, self.inward, states, y, self.offsets,
+            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2), *place(self.g, 0, 1, 2),
+            self.p, self.inward, states, y, self.offsets,
             *self._lengths_of(self.k), self.scale,
             **self.constants(block_k, block_v), DECAY=self.decay, PRECISION=self.precision, num_warps=4,
             num_stages=1,
@@ -233,7 +237,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     cut = Cut(problem, x, config["block_t"])
     if not s.N * s.H:
         return
-    cut.prepare()
+    cut.prepare(back=True)
     states, written = cut.chain(config, False, {}, None)
     dy = dout.get("y")
     dy = (

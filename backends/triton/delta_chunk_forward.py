@@ -8,10 +8,12 @@ A chunk of C tokens starts from a state S; rows are tokens, G a running sum of `
     S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
 
 ``scores`` fills P and K Kᵀ∘L, ``invert`` and ``substitute`` A, for all chunks side by side: no state is in them, so
-they are off the chain. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where
-it computes ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W
-and U from ``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by side. With one
-decay a channel the factors do not come out of the products: ``decays`` folds them into Q and K beforehand.
+they are off the chain. Where there is no system to solve, P costs less to compute than to load: ``scores`` fills the
+decays alone, and who reads computes P. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms:
+*fused*, where it computes ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*,
+where it takes W and U from ``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by
+side. With one decay a channel the factors do not come out of the products: ``decays`` folds them into Q and K
+beforehand.
 
     q, k [B,T,G,K]   v [B,T,H,V]   w [B,T,H,K]   u [B,T,H,V]   p [B,T,H,C]   states [R,H,K,V], a row a chunk
     inward [B,T,H] = e^{G_i}, outward [B,T,H] = e^{G_C−G_i}; fade [R,H,K] = e^{G_C} a channel
@@ -136,30 +138,44 @@ def scores(
     i, j = t[:, None], t[None, :]
     rows = i < count
     place = (batch * tokens + start + t) * heads + head
-    q += batch * q_b + (start + i) * q_t + (head // group) * q_h
-    k += batch * k_b + (start + i) * k_t + (head // group) * k_h
-    qk, kk = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
-    for at in range(0, K, BK):
-        c = at + tl.arange(0, BK)[None, :]
-        inside = rows & (c < K)
-        query, key = tl.load(q + c, mask=inside, other=0.0), tl.load(k + c, mask=inside, other=0.0)
-        qk += dot(query, tl.trans(key), PRECISION)
-        if DELTA:
-            kk += dot(key, tl.trans(key), PRECISION)
     if DECAY == 1:
-        g += batch * g_b + (start + t) * g_t + head * g_h
-        log = tl.load(g, mask=t < count, other=0.0).to(tl.float32)
-        later = tl.load(g + g_t, mask=t + 1 < count, other=0.0).to(tl.float32)
-        between = pair_decays(log, BT, k.dtype.element_ty, PRECISION)
-        qk *= between
-        if DELTA:
-            kk *= between
+        g += batch * g_b + start * g_t + head * g_h
+        log = tl.load(g + t * g_t, mask=t < count, other=0.0).to(tl.float32)
+        later = tl.load(g + (t + 1) * g_t, mask=t + 1 < count, other=0.0).to(tl.float32)
         tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=t < count)
         tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=t < count)
-    reads = tl.where(i >= j, scale * qk, 0.0)
-    tl.store(p + place[:, None] * BT + j, reads.to(p.dtype.element_ty), mask=rows)
-    if DELTA:
-        tl.store(pairs + place[:, None] * BT + j, kk, mask=rows)
+    if p is not None:
+        q += batch * q_b + (start + i) * q_t + (head // group) * q_h
+        k += batch * k_b + (start + i) * k_t + (head // group) * k_h
+        qk, kk = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
+        for at in range(0, K, BK):
+            c = at + tl.arange(0, BK)[None, :]
+            inside = rows & (c < K)
+            query, key = tl.load(q + c, mask=inside, other=0.0), tl.load(k + c, mask=inside, other=0.0)
+            qk += dot(query, tl.trans(key), PRECISION)
+            if DELTA:
+                kk += dot(key, tl.trans(key), PRECISION)
+        if DECAY == 1:
+            between = pair_decays(log, BT, k.dtype.element_ty, PRECISION)
+            qk *= between
+            if DELTA:
+                kk *= between
+        reads = tl.where(i >= j, scale * qk, 0.0)
+        tl.store(p + place[:, None] * BT + j, reads.to(p.dtype.element_ty), mask=rows)
+        if DELTA:
+            tl.store(pairs + place[:, None] * BT + j, kk, mask=rows)
+
+
+@triton.jit
+def own_reads(
+    qk, g, at, g_t, count, scale, BT: tl.constexpr, DECAY: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """P of the chunk that begins at token ``at``, from Q Kᵀ, where no P was filled."""
+    t = tl.arange(0, BT)
+    if DECAY == 1:
+        log = tl.load(g + (at + t) * g_t, mask=t < count, other=0.0).to(tl.float32)
+        qk *= pair_decays(log, BT, operand, PRECISION)
+    return tl.where(t[:, None] >= t[None, :], scale * qk, 0.0).to(operand)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
@@ -212,9 +228,9 @@ def read(reads, write, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "per", "every"])
 def chain(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, w, w_b, w_t, w_h, beta, beta_b, beta_t, beta_h, a, p,
-    inward, outward, fade, first, first_n, first_h, first_k, first_v, last, checkpoints, y, states, written, offsets,
-    marks, tokens, per, every, heads, group, scale,
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, w, w_b, w_t, w_h, beta, beta_b, beta_t, beta_h,
+    g, g_b, g_t, g_h, a, p, inward, outward, fade, first, first_n, first_h, first_k, first_v,
+    last, checkpoints, y, states, written, offsets, marks, tokens, per, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     DECAY: tl.constexpr, FUSED: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, MARKED: tl.constexpr,
     STORE: tl.constexpr, PRECISION: tl.constexpr,
@@ -245,6 +261,8 @@ def chain(
         w += batch * w_b + start * w_t + head // (group if FUSED and DECAY < 2 else 1) * w_h
     if DELTA and FUSED:
         beta += batch * beta_b + start * beta_t + head * beta_h
+    if FUSED and DECAY == 1:
+        g += batch * g_b + start * g_t + head * g_h
     base = (batch * tokens + start) * heads + head
     if DECAY:
         ahead = fading(inward, fade, base, row, length * 0, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
@@ -275,15 +293,19 @@ def chain(
             else:
                 write = write.to(tl.float32) - known
                 tl.store(written + place[:, None] * V + e[None, :], write.to(written.dtype.element_ty), mask=values)
+        key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
         if FUSED:
             query = tl.load(q + here[:, None] * q_t + c[None, :], mask=keys, other=0.0)
             out = scale * dot(query, held, PRECISION)
             if DECAY == 1:
                 out *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
-            reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+            if p is None:
+                found = dot(query, tl.trans(key), PRECISION)
+                reads = own_reads(found, g, at, g_t, count, scale, BT, DECAY, operand, PRECISION)
+            else:
+                reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
             out += read(reads, write, PRECISION)
             tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
-        key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
         if DECAY == 1:
             out_of = tl.load(outward + place, mask=t < count, other=0.0)
             write = (write.to(tl.float32) * out_of[:, None]).to(operand)
@@ -302,7 +324,7 @@ def chain(
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def outputs(
-    q, q_b, q_t, q_h, u, u_b, u_t, u_h, p, inward, states, y, offsets,
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, g, g_b, g_t, g_h, p, inward, states, y, offsets,
     tokens, sequences, per, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -318,6 +340,9 @@ def outputs(
     rows = (t < count)[:, None]
     place = (batch * tokens + start + t) * heads + head
     q += batch * q_b + (start + t[:, None]) * q_t + (head // group) * q_h
+    if p is None:
+        k += batch * k_b + (start + t[:, None]) * k_t + (head // group) * k_h
+        qk = tl.zeros([BT, BT], tl.float32)
     states += (row * heads + head) * K * V
     out = tl.zeros([BT, BV], tl.float32)
     for at in range(0, K, BK):
@@ -326,12 +351,20 @@ def outputs(
         grid = c[:, None] * V + e[None, :]
         held = tl.load(states + grid, mask=(c < K)[:, None] & (e < V)[None, :], other=0.0)
         out += dot(query, held, PRECISION)
+        if p is None:
+            key = tl.load(k + c[None, :], mask=rows & (c < K)[None, :], other=0.0)
+            qk += dot(query, tl.trans(key), PRECISION)
     out *= scale
     if DECAY == 1:
         out *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
     values = rows & (e < V)[None, :]
     u += batch * u_b + (start + t[:, None]) * u_t + head * u_h
     write = tl.load(u + e[None, :], mask=values, other=0.0)
-    reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+    if p is None:
+        if DECAY == 1:
+            g += batch * g_b + start * g_t + head * g_h
+        reads = own_reads(qk, g, 0, g_t, count, scale, BT, DECAY, q.dtype.element_ty, PRECISION)
+    else:
+        reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
     out += read(reads, write, PRECISION)
     tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)

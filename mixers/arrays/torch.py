@@ -253,9 +253,12 @@ def runs_on_reference(mixer: Mixer, call: Call) -> bool:
     return not _has_kernel(mixer.key, str(q.dtype), q.device.type, s.K, v.shape[-1], call.flags.checkpoint_every)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernel(key: str, dtype: str, device: str, key_dim: int, value_dim: int, checkpoint_every: int) -> bool:
     return _find_kernel(key, dtype, device, key_dim, value_dim, checkpoint_every)
+
+
+# As ``torch.compiler.assume_constant_result`` does, which imports the compiler: two seconds before a first call.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)
