@@ -164,9 +164,10 @@ def decisions(xp: Any, options: Options, token: Mapping[str, Array], score: Arra
         forced = forced != 0
         return xp.broadcast_to(forced[..., None], score.shape) if forced.ndim < score.ndim else forced
     threshold = token.get("threshold")
+    score = xp.astype(stop(score), xp.float32)
     if threshold is None:
-        threshold = xp.asarray(options["threshold"], dtype=xp.float32, **device_of(score))
-    return xp.astype(stop(score), xp.float32) >= xp.astype(threshold, xp.float32)
+        return score >= float(np.float32(options["threshold"]))
+    return score >= xp.astype(threshold, xp.float32)
 
 
 def lift(xp: Any, score: Array) -> Array:

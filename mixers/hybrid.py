@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from mixers import ham, reference
-from mixers.algebra import device_of, read, stop
+from mixers.algebra import device_of, read, stop, take_rows
 from mixers.call import Call
 from mixers.ham import HAMState, sides, spread
 from mixers.mixer import Mixer
@@ -236,11 +236,11 @@ class _Rows:
     def packed(self, rows: Array) -> Array:
         """Kept rows of ``[N,M+T,A,E]``, gathered."""
         order = self._order[..., None] if self._order.ndim == 3 else self._order[..., None, None]
-        return self._xp.take_along_axis(rows, self._wide(order, rows), axis=1)
+        return take_rows(self._xp, rows, self._wide(order, rows))
 
     def packed_plain(self, rows: Array) -> Array:
         """Kept rows of ``[N,M+T]`` or ``[N,M+T,H]``, gathered."""
-        return self._xp.take_along_axis(rows, self._order, axis=1)
+        return take_rows(self._xp, rows, self._order)
 
     def _wide(self, index: Array, rows: Array) -> Array:
         return self._xp.broadcast_to(index, (*index.shape[:2], *rows.shape[2:]))
@@ -264,7 +264,7 @@ class _Rows:
         place = xp.where(ordinal > 0, place, xp.zeros_like(place))
         index = xp.astype(place, self._order.dtype)
         index = index[..., None] if index.ndim == 3 else index[..., None, None]
-        return self._filled(xp.take_along_axis(packed, self._wide(index, packed), axis=1), old)
+        return self._filled(take_rows(xp, packed, self._wide(index, packed)), old)
 
     def cache_plain(self, packed: Array, old: Array) -> Array:
         """The cache that follows, from gathered ``[N,P,A,1]``, as ``[N,M]`` or ``[N,M,H]``."""

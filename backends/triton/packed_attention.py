@@ -303,14 +303,14 @@ class PackedAttention:
     def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], scale: float, how: str) -> tuple[Array, Array]:
         """Output and lse."""
         (q, k, v), (low, high) = x, fixed
-        y = torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=q.device)
+        y = torch.empty((*q.shape[:3], _fitting(v)), dtype=v.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if not q.numel():
-            return y, lse
+            return y[..., : v.shape[3]].contiguous(), lse
         call = _Call(q, k, v, low, high, scale)
-        size = _sizes(q, v, "forward")
+        size = _sizes(call.q, call.v, "forward")
         forward[call.grid(size)](*call.arrays, y, lse, *call.counts(size), **call.constants(size))
-        return y, lse
+        return y[..., : v.shape[3]].contiguous(), lse
 
     def backward(
         self,
@@ -320,38 +320,39 @@ class PackedAttention:
         how: str,
         out: tuple[Array, ...],
         dout: tuple[Array, ...],
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, ...]:
         """Gradients of q, k and v."""
         (q, k, v), (low, high), (y, lse), (dy, dlse) = x, fixed, out, dout
         if not q.numel() or not k.numel():
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         call = _Call(q, k, v, low, high, scale)
-        y, dy, dlse = y.contiguous(), dy.contiguous(), dlse.float().contiguous()
+        y, dy, dlse = _fitted(y).contiguous(), _fitted(dy).contiguous(), dlse.float().contiguous()
         lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        size = _sizes(q, v, "queries")
+        dq = torch.empty(call.q.shape, dtype=q.dtype, device=q.device)
+        size = _sizes(call.q, call.v, "queries")
         backward_queries[call.grid(size)](
             *call.arrays, y, lse, dy, dlse, delta, dq, *call.counts(size), **call.constants(size)
         )
-        size = _sizes(q, v, "rows")
+        size = _sizes(call.q, call.v, "rows")
         blocks, groups = triton.cdiv(k.shape[1], size["BK"]), k.shape[2]
         parts = _parts(blocks * groups, triton.cdiv(q.shape[1] * call.share, 4 * size["BQ"]))
         dk, dv = (
             torch.empty((parts, *a.shape), dtype=a.dtype if parts == 1 else torch.float32, device=a.device)
-            for a in (k, v)
+            for a in (call.k, call.v)
         )
         backward_rows[(blocks * q.shape[0] * groups * parts,)](
             *call.arrays, call.runs(size["BK"]), lse, dy, delta, dk, dv,
             q.shape[1], k.shape[1], blocks, groups, parts, scale, **call.constants(size),
         )  # fmt: skip
-        return dq, *((d[0] if parts == 1 else d.sum(0).to(a.dtype)) for d, a in ((dk, k), (dv, v)))
+        dk, dv = (d[0] if parts == 1 else d.sum(0).to(q.dtype) for d in (dk, dv))
+        return tuple(d[..., : a.shape[3]].contiguous() for d, a in ((dq, q), (dk, k), (dv, v)))
 
 
 class _Call:
     """The arguments that all kernels share."""
 
     def __init__(self, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float) -> None:
-        self.q, self.k, self.v = (dense(a) for a in (q, k, v))
+        self.q, self.k, self.v = (_fitted(a) for a in (q, k, v))
         self.low, self.high = (a.to(torch.int32).contiguous() for a in (low, high))
         self.scale, self.share = scale, q.shape[2] // k.shape[2]
         self.arrays = (*(n for a in (self.q, self.k, self.v) for n in place(a, 0, 1, 2)), self.low, self.high)
@@ -405,6 +406,25 @@ class _Call:
             found = [first.amin(2), inner.amax(2), outer.amin(2), last.amax(2)]
         runs = torch.stack(found, dim=-1).clamp(max=tokens)
         return runs.expand(-1, groups, -1, -1).contiguous()
+
+
+def _fitting(x: Array) -> int:
+    """The width that rows of a tensor have in the kernels: in half precision that of a whole block.
+
+    Rows of 20 bfloat16 values in blocks of 32 came out wrong on an H200 (Triton 3.6), whole blocks of 64 and 128 right.
+    """
+    width: int = x.shape[3]
+    return max(64, block(width)) if x.element_size() == 2 else width
+
+
+def _fitted(x: Array) -> Array:
+    """The tensor with zeros behind its rows up to their width in the kernels, and rows that start at 16 bytes."""
+    more = _fitting(x) - x.shape[3]
+    if more:
+        return torch.nn.functional.pad(x, (0, more))
+    x = dense(x)
+    aligned = x.element_size() > 2 or all(n % 8 == 0 for n in (x.storage_offset(), *x.stride()[:3]))
+    return x if aligned else x.contiguous()
 
 
 def _wide(width: int) -> int:
