@@ -69,13 +69,6 @@ class Library(Protocol):
     ) -> tuple[Array, ...] | None:
         """The results of a primitive by the kernel of ``mixers.primitive.find(*of)``; None where there is none."""
 
-    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        """An operation with a gradient of its own.
-
-        ``forward(*arrays) -> (outputs, saved)``; ``backward(saved, *gradients) -> gradients``, one an array, None where
-        there is none.
-        """
-
     def untraced(self, function: Any) -> Any:
         """The function, left out of a compiler's graph where the library has a compiler that would follow it."""
 
