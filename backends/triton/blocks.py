@@ -81,7 +81,7 @@ def fading(
     inward, fade, base, row, i, length, every, heads, head, c,
     K: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, CHECKPOINTS: tl.constexpr,
 ):  # fmt: skip
-    """What chunk i leaves of a state: a number where DECAY is 1, one a channel where it is 2.
+    """What chunk i leaves of a state: the last number of ``inward`` where DECAY is 1, one a channel where it is 2.
 
     Triton stages loads ahead only where they go into products, so a chain asks for this one a chunk before its use.
     """

@@ -81,6 +81,7 @@ class Cut:
         self.warps = 4 if q.element_size() == 2 else 8
         self.inward: Any = None
         self.outward: Any = None
+        self.total: Any = None
         self.fade: Any = None
         self.pairs: Any = None
         self.p: Any = None
@@ -123,20 +124,24 @@ class Cut:
         return found | {"PACKED": self.problem.packed, "CHECKPOINTS": self.every > 0}
 
     def prepare(self, back: bool = False) -> None:
-        """A, P and decays of every chunk; without a system to solve only the backward wants P in memory."""
+        """A, P and decays of every chunk; what reads without a system to solve computes P by itself, in a forward."""
         grid = (self.rows * self.problem.sizes.H,)
-        self.p = self.scratch(self.block_t) if self.delta or self.decay == 2 or back else None
+        exact = self.decay == 1 and self.k.dtype == torch.float32  # differences of running sums lose digits
+        if not (self.delta or self.decay == 2 or back or exact):
+            if self.decay == 0:
+                return
+            self.total = self.scalars()
+        else:
+            self.p = self.scratch(self.block_t)
         self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         if self.decay == 2:
             self._fold(grid)
         else:
-            if self.decay == 1:
+            if self.decay == 1 and self.total is None:
                 self.inward, self.outward = self.scalars(), self.scalars()
-            elif self.p is None:
-                return
             forwards.scores[grid](
                 *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.p, self.pairs, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
+                self.p, self.pairs, self.inward, self.outward, self.total, self.offsets, *self.lengths(), self.scale,
                 **self.constants(self.wide[0]), DELTA=self.delta, DECAY=self.decay, PRECISION=self.precision,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
@@ -203,7 +208,7 @@ class Cut:
         _, _, per, every, heads, group = self._lengths_of(self.k)
         forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](
             *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(u, 0, 1, 2), *place(w, 0, 1, 2),
-            *place(self.beta, 0, 1, 2), *place(self.g, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.fade,
+            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.total, self.fade,
             *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
             self.marks, s.T, per, every, heads, group, self.scale,
             **self.constants(0, block_v), DELTA=self.delta, DECAY=self.decay, FUSED=fused,
@@ -216,8 +221,8 @@ class Cut:
         """Outputs of all chunks from their first states."""
         s, (block_k, block_v) = self.problem.sizes, self.wide
         forwards.outputs[(self.rows * s.H * triton.cdiv(s.V, block_v),)](
-            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2), *place(self.g, 0, 1, 2),
-            self.p, self.inward, states, y, self.offsets,
+            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2),
+            self.p, self.inward, self.total, states, y, self.offsets,
             *self._lengths_of(self.k), self.scale,
             **self.constants(block_k, block_v), DECAY=self.decay, PRECISION=self.precision, num_warps=4,
             num_stages=1,
@@ -322,15 +327,20 @@ def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:
     normalise_backward(cut.x[name], normal[name], dx[name])
 
 
-def _stages(delta: bool, half: bool, channels: int, block_v: int) -> int:
+# What a chain with a decay a head and no system to solve holds, by whether channels are at most 64: its widest block of
+# values, and how many chunks it loads ahead where it is fused.
+DECAYING = {True: (32, 3), False: (32, 3)}
+
+
+def _stages(delta: bool, decay: int, half: bool, channels: int, block_v: int, fused: int) -> int:
     """How many chunks a chain holds in shared memory: W, A, P, q, k and values of each, or P, q, k and values."""
     if not half or channels > 128:
         return 1
-    if channels <= 64:
-        return 3
     if delta:
-        return 3 if block_v <= 32 else 2
-    return 4
+        return 3 if channels <= 64 or block_v <= 32 else 2
+    if decay == 1 and fused:
+        return DECAYING[channels <= 64][1]
+    return 3 if decay == 2 and channels <= 64 else 4
 
 
 class DeltaChunk(TritonKernel):
@@ -357,11 +367,14 @@ class DeltaChunk(TritonKernel):
         """
         _, _, key_dim, value_dim = problem.widths
         delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
+        decay = decay_axes(problem)
         widest = min(block(value_dim), 64 if block(key_dim) <= 128 else 32)
         if not half:
             widest = min(widest, 4096 // block(key_dim))
         elif delta:
             widest = max(widest, 32)
+        elif decay == 1:
+            widest = min(widest, DECAYING[block(key_dim) <= 64][0])
         elif block(key_dim) <= 64:
             widest = min(widest, 32)
         sizes = [b for b in (64, 32, 16) if b <= widest]
@@ -371,7 +384,7 @@ class DeltaChunk(TritonKernel):
         fused = int(block_v >= min(32, sizes[0]))
 
         def config(block_v: int, fused: int, fewer: int) -> Config:
-            stages = _stages(delta, half, block(key_dim), block_v)
+            stages = _stages(delta, decay, half, block(key_dim), block_v, fused)
             return {
                 "block_t": 64 if half else 32,
                 "block_v": block_v,

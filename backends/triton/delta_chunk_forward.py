@@ -8,21 +8,21 @@ A chunk of C tokens starts from a state S; rows are tokens, G a running sum of `
     S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
 
 ``scores`` fills P and K Kᵀ∘L, ``invert`` and ``substitute`` A, for all chunks side by side: no state is in them, so
-they are off the chain. Where there is no system to solve, P costs less to compute than to load: ``scores`` fills the
-decays alone, and who reads computes P. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms:
+they are off the chain. Where there is no system to solve, P costs less to compute than to load: ``scores`` fills G
+alone, and who reads computes P. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms:
 *fused*, where it computes ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*,
 where it takes W and U from ``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by
 side. With one decay a channel the factors do not come out of the products: ``decays`` folds them into Q and K
 beforehand.
 
     q, k [B,T,G,K]   v [B,T,H,V]   w [B,T,H,K]   u [B,T,H,V]   p [B,T,H,C]   states [R,H,K,V], a row a chunk
-    inward [B,T,H] = e^{G_i}, outward [B,T,H] = e^{G_C−G_i}; fade [R,H,K] = e^{G_C} a channel
+    inward [B,T,H] = e^{G_i}, outward [B,T,H] = e^{G_C−G_i}, or total [B,T,H] = G_i; fade [R,H,K] = e^{G_C} a channel
 """
 
 import triton
 import triton.language as tl
 
-from .blocks import chunk, chunks, dot, fading, first_row, inverse, locate, pair_decays, span
+from .blocks import LEAST_HALF, chunk, chunks, dot, fading, first_row, inverse, locate, pair_decays, span
 
 
 @triton.jit
@@ -123,12 +123,12 @@ def substitute(
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def scores(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, p, pairs, inward, outward, offsets,
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, p, pairs, inward, outward, total, offsets,
     tokens, sequences, per, every, heads, group, scale,
     K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P of one chunk of one head, K Kᵀ∘L as ``pairs``, and the decays from its start and to its end."""
+    """P of one chunk of one head, K Kᵀ∘L as ``pairs``, and the decays from its start and to its end; or ``total``."""
     pid = tl.program_id(0)
     head, row = pid % heads, (pid // heads).to(tl.int64)
     batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
@@ -141,9 +141,12 @@ def scores(
     if DECAY == 1:
         g += batch * g_b + start * g_t + head * g_h
         log = tl.load(g + t * g_t, mask=t < count, other=0.0).to(tl.float32)
-        later = tl.load(g + (t + 1) * g_t, mask=t + 1 < count, other=0.0).to(tl.float32)
-        tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=t < count)
-        tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=t < count)
+        if total is not None:
+            tl.store(total + place, tl.cumsum(tl.maximum(log, LEAST_HALF), axis=0), mask=t < count)
+        else:
+            later = tl.load(g + (t + 1) * g_t, mask=t + 1 < count, other=0.0).to(tl.float32)
+            tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=t < count)
+            tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=t < count)
     if p is not None:
         q += batch * q_b + (start + i) * q_t + (head // group) * q_h
         k += batch * k_b + (start + i) * k_t + (head // group) * k_h
@@ -167,14 +170,11 @@ def scores(
 
 
 @triton.jit
-def own_reads(
-    qk, g, at, g_t, count, scale, BT: tl.constexpr, DECAY: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """P of the chunk that begins at token ``at``, from Q Kᵀ, where no P was filled."""
+def own_reads(qk, total, scale, BT: tl.constexpr, DECAY: tl.constexpr, operand: tl.constexpr):
+    """P of one chunk from Q Kᵀ and G [BT], where no P was filled."""
     t = tl.arange(0, BT)
     if DECAY == 1:
-        log = tl.load(g + (at + t) * g_t, mask=t < count, other=0.0).to(tl.float32)
-        qk *= pair_decays(log, BT, operand, PRECISION)
+        qk *= tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
     return tl.where(t[:, None] >= t[None, :], scale * qk, 0.0).to(operand)
 
 
@@ -229,7 +229,7 @@ def read(reads, write, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "per", "every"])
 def chain(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, w, w_b, w_t, w_h, beta, beta_b, beta_t, beta_h,
-    g, g_b, g_t, g_h, a, p, inward, outward, fade, first, first_n, first_h, first_k, first_v,
+    a, p, inward, outward, total, fade, first, first_n, first_h, first_k, first_v,
     last, checkpoints, y, states, written, offsets, marks, tokens, per, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     DECAY: tl.constexpr, FUSED: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, MARKED: tl.constexpr,
@@ -261,21 +261,23 @@ def chain(
         w += batch * w_b + start * w_t + head // (group if FUSED and DECAY < 2 else 1) * w_h
     if DELTA and FUSED:
         beta += batch * beta_b + start * beta_t + head * beta_h
-    if FUSED and DECAY == 1:
-        g += batch * g_b + start * g_t + head * g_h
     base = (batch * tokens + start) * heads + head
     if DECAY:
-        ahead = fading(inward, fade, base, row, length * 0, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+        last_of = inward if total is None else total
+        ahead = fading(last_of, fade, base, row, length * 0, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
     for i in range(chunks(length, every, BT, CHECKPOINTS)):
         if DECAY:
             left = ahead
-            ahead = fading(inward, fade, base, row, i + 1, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+            ahead = fading(last_of, fade, base, row, i + 1, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
         at, count = chunk(i, length, every, BT, CHECKPOINTS)
         here = at + t
         rows = (t < count)[:, None]
         place = base + here.to(tl.int64) * heads
         keys, values = rows & (c < K)[None, :], rows & (e < V)[None, :]
         held = s.to(operand)
+        sums = place
+        if total is not None:
+            sums = tl.load(total + place, mask=t < count, other=0.0)
         if not FUSED:
             where = ((row + i) * heads + head) * K * V
             tl.store(states + where + matrix, held, mask=inside)
@@ -297,17 +299,23 @@ def chain(
         if FUSED:
             query = tl.load(q + here[:, None] * q_t + c[None, :], mask=keys, other=0.0)
             out = scale * dot(query, held, PRECISION)
-            if DECAY == 1:
+            if total is not None:
+                out *= tl.exp(sums)[:, None]
+            elif DECAY == 1:
                 out *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
             if p is None:
                 found = dot(query, tl.trans(key), PRECISION)
-                reads = own_reads(found, g, at, g_t, count, scale, BT, DECAY, operand, PRECISION)
+                reads = own_reads(found, sums, scale, BT, DECAY, operand)
             else:
                 reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
             out += read(reads, write, PRECISION)
             tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
         if DECAY == 1:
-            out_of = tl.load(outward + place, mask=t < count, other=0.0)
+            if total is not None:
+                out_of = tl.exp(tl.minimum(left - sums, 0.0))
+                left = tl.where(left > LEAST_HALF, tl.exp(left), 0.0)  # a reset leaves nothing
+            else:
+                out_of = tl.load(outward + place, mask=t < count, other=0.0)
             write = (write.to(tl.float32) * out_of[:, None]).to(operand)
             s *= left
         if DECAY == 2:
@@ -324,7 +332,7 @@ def chain(
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def outputs(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, g, g_b, g_t, g_h, p, inward, states, y, offsets,
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, p, inward, total, states, y, offsets,
     tokens, sequences, per, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -355,15 +363,17 @@ def outputs(
             key = tl.load(k + c[None, :], mask=rows & (c < K)[None, :], other=0.0)
             qk += dot(query, tl.trans(key), PRECISION)
     out *= scale
-    if DECAY == 1:
+    sums = place
+    if total is not None:
+        sums = tl.load(total + place, mask=t < count, other=0.0)
+        out *= tl.exp(sums)[:, None]
+    elif DECAY == 1:
         out *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
     values = rows & (e < V)[None, :]
     u += batch * u_b + (start + t[:, None]) * u_t + head * u_h
     write = tl.load(u + e[None, :], mask=values, other=0.0)
     if p is None:
-        if DECAY == 1:
-            g += batch * g_b + start * g_t + head * g_h
-        reads = own_reads(qk, g, 0, g_t, count, scale, BT, DECAY, q.dtype.element_ty, PRECISION)
+        reads = own_reads(qk, sums, scale, BT, DECAY, q.dtype.element_ty)
     else:
         reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
     out += read(reads, write, PRECISION)
