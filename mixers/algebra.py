@@ -71,6 +71,11 @@ def device_of(array: Array) -> dict[str, Any]:
     return {"device": array.device} if is_torch_array(array) else {}
 
 
+def take_rows(xp: Any, array: Array, index: Array) -> Array:
+    """``array[n, index[n, i, …], …]``; torch's ``take_along_dim`` would tie a compiler to the number of rows."""
+    return array.gather(1, index) if is_torch_array(array) else xp.take_along_axis(array, index, axis=1)
+
+
 def like(xp: Any, matrix: np.ndarray, array: Array) -> Array:
     """A NumPy matrix as an array of another's library, dtype and device."""
     return xp.asarray(np.array(matrix), dtype=array.dtype, **device_of(array))  # a copy: torch wants no read-only view

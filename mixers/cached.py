@@ -16,8 +16,8 @@ from mixers import reference
 from mixers.algebra import like, softmax
 from mixers.call import Call
 from mixers.ham import spread
-from mixers.memory_caching import base_of, boundaries, largest
-from mixers.mixer import Mixer, part
+from mixers.memory_caching import boundaries, largest
+from mixers.mixer import Mixer
 from mixers.problem import Arrays
 from mixers.spec import Array, Memory, MixerSpec, Options, Sizes
 
@@ -26,22 +26,17 @@ State = tuple[Array, ...]
 
 def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
     """See the module; named as in ``mixers.problem``."""
-    base, base_options = base_of(mixer.options["base"])
-    inner = part(base, mixer.backend, mixer.allow_tf32, tuple(base_options.items()))
+    (inner,) = mixer.parts
     fresh = not any(call.x.get(f"initial.{f.name}") is not None for f in call.spec.state(call.options).fields)
-    run = _Run(library, call, mixer.options, inner)
-
-    def whole(inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int) -> tuple[Array, State]:
-        found: tuple[Array, State] = run(inputs, constants, state, passed if fresh else None)
-        return found
-
-    return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, whole)
+    run = _Run(library, call, mixer.options, inner, fresh)
+    return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, run)
 
 
 class _Run:
-    """One call: the base as a mixer, and what the wrapper's options say."""
+    """One call: the base as a mixer, and what the wrapper's options say; ``fresh`` from the first token on."""
 
-    def __init__(self, library: Any, call: Call, options: Options, part: Mixer) -> None:
+    def __init__(self, library: Any, call: Call, options: Options, part: Mixer, fresh: bool) -> None:
+        self.fresh = fresh
         self.library, self.xp, self.options, self.part = library, library.namespace, options, part
         self.call, self.base = call, part.spec
         assert self.base.memory is not None
@@ -49,13 +44,13 @@ class _Run:
         self.inner = len(self.base.state(part.options).fields)
         self.held = len(self.memory.fields)
 
-    def __call__(self, inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int | None) -> Any:
-        """Sequences of one length; ``passed`` tokens went before, None where the state knows."""
-        tokens, segments = self._before(state, passed)
+    def __call__(self, inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int) -> Any:
+        """Sequences of one length; ``passed`` tokens of this call went before."""
+        tokens, segments = self._before(state, passed if self.fresh else None)
         soup = self.options["aggregate"] == "soup" and not self.memory.linear
         if tokens is None or segments is None or soup:
             return self._by_token(inputs, constants, state)
-        if len(set(zip(tokens, segments, strict=True))) <= 1:
+        if self.fresh or len(set(zip(tokens, segments, strict=True))) <= 1:
             return _Rows(self, inputs, constants, state).run(int(tokens[0]), int(segments[0]))
         xp = self.xp  # sequences that are not at the same place of a segment
         found = []
@@ -66,16 +61,15 @@ class _Run:
         outputs, states = zip(*found, strict=True)
         return xp.concat(list(outputs), axis=0), tuple(xp.concat(list(c), axis=0) for c in zip(*states, strict=True))
 
-    def _before(self, state: State, passed: int | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _before(self, state: State, passed: int | None) -> tuple[Any, Any]:
         """Tokens of the segment so far and finished segments, of every sequence."""
-        count = state[-1].shape[0]
         if passed is None:
             return self.library.host(state[-2]), self.library.host(state[-1])
         if self.options["segment"] == "log":
             ends = boundaries(self._length(), "log")
             done = [at for at in ends if at <= passed]
-            return np.full(count, passed - (done[-1] if done else 0)), np.full(count, len(done))
-        return np.full(count, passed % self.options["segment"]), np.full(count, passed // self.options["segment"])
+            return (passed - (done[-1] if done else 0),), (len(done),)
+        return (passed % self.options["segment"],), (passed // self.options["segment"],)
 
     def _length(self) -> int:
         """Tokens of the whole call, which is one sequence a row wherever ``segment="log"`` runs by pieces."""

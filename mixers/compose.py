@@ -18,7 +18,7 @@ def run(mixer: "Mixer", call: "Call") -> Arrays:
     """Forward, differentiable where the library is."""
     spec, library = call.spec, call.library
     assert spec.compose is not None
-    compose = library.untraced(spec.compose)
+    compose = spec.compose if spec.traced(call) else library.untraced(spec.compose)
     found: Arrays = compose(library, mixer, call, library.given(call))
     return found
 

@@ -141,15 +141,19 @@ def _norm(xp: Any, x: Array) -> Array:
     return xp.where(zero, xp.zeros_like(square), xp.sqrt(xp.where(zero, xp.ones_like(square), square)))
 
 
-def scores(xp: Any, options: Options, token: Mapping[str, Array], predicted: Array | None) -> Array:
-    """What is compared with the threshold: ``[...]`` for all heads, ``[...,H]`` for each alone."""
-    heads = token["v"].shape[-2]
+def scores(
+    xp: Any, options: Options, token: Mapping[str, Array], predicted: Array | None, error: Array | None = None
+) -> Array:
+    """What is compared with the threshold: ``[...]`` for all heads, ``[...,H]`` for each alone.
+
+    From predictions, or from errors that are known.
+    """
     if options["router"] == "given":
-        score = token["score"]
+        score, heads = token["score"], token["v"].shape[-2]
         if options["decide"] == "head" and score.ndim < token["v"].ndim - 1:
             score = xp.broadcast_to(score[..., None], (*score.shape, heads))
         return score
-    error = errors(xp, options, token, predicted)
+    error = errors(xp, options, token, predicted) if error is None else error
     return error if options["decide"] == "head" else xp.min(error, axis=-1)
 
 
@@ -160,9 +164,10 @@ def decisions(xp: Any, options: Options, token: Mapping[str, Array], score: Arra
         forced = forced != 0
         return xp.broadcast_to(forced[..., None], score.shape) if forced.ndim < score.ndim else forced
     threshold = token.get("threshold")
+    score = xp.astype(stop(score), xp.float32)
     if threshold is None:
-        threshold = xp.asarray(options["threshold"], dtype=xp.float32, **device_of(score))
-    return xp.astype(stop(score), xp.float32) >= xp.astype(threshold, xp.float32)
+        return score >= float(np.float32(options["threshold"]))
+    return score >= xp.astype(threshold, xp.float32)
 
 
 def lift(xp: Any, score: Array) -> Array:
@@ -346,10 +351,17 @@ def remark(mixer: Any, call: Any) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _specialised(key: str) -> MixerSpec:
-    from mixers.hybrid import compose
+    from mixers.hybrid import PRIMITIVES, compose
 
     options = json.loads(key)
-    return dataclasses.replace(ham, inputs=_inputs(options), reserve=_reserve(options), compose=compose)
+    return dataclasses.replace(
+        ham,
+        inputs=_inputs(options),
+        reserve=_reserve(options),
+        compose=compose,
+        traced=lambda call: call.x.get("offsets") is None,
+        primitives=PRIMITIVES,
+    )
 
 
 def _inputs(options: Options) -> tuple[Arg, ...]:
@@ -370,12 +382,9 @@ def specialise(options: Options) -> MixerSpec:
 
 
 def _parts(options: Options) -> tuple[tuple[MixerSpec, dict[str, Any]], ...]:
-    return ((gated_delta_rule, gated_delta_rule.resolve({"scale": options["scale"]})),)
-
-
-def recurrence_of(log_decay: Array | None) -> str:
-    """The mixer that runs over every token."""
-    return delta_rule.name if log_decay is None else gated_delta_rule.name
+    """With decays and without, scaled as asked for and not at all, which is how predictions read."""
+    specs, scales = (gated_delta_rule, delta_rule), (options["scale"], 1.0)
+    return tuple((spec, spec.resolve({"scale": scale})) for spec in specs for scale in scales)
 
 
 def _flops(sizes: Sizes, options: Options) -> float:

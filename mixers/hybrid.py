@@ -11,13 +11,34 @@ import math
 from typing import Any
 
 from mixers import ham, reference
-from mixers.algebra import device_of, read, stop
+from mixers.algebra import device_of, read, stop, take_rows
 from mixers.call import Call
 from mixers.ham import HAMState, sides, spread
-from mixers.mixer import Mixer, part
+from mixers.mixer import Mixer
+from mixers.packed import PRIMITIVE as PACKED
 from mixers.packed import merge, packed_attention
+from mixers.primitive import Primitive, Shapes, run
 from mixers.problem import Arrays
 from mixers.spec import Array, Options
+
+
+def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str) -> Shapes:
+    v, first = x[2], x[5]
+    wide = "float64" if dtype == "float64" else "float32"
+    return (tuple(v.shape), dtype), (tuple(first.shape), wide), (tuple(v.shape[:3]), wide)
+
+
+PREDICTIVE = Primitive(
+    "predictive_delta",
+    ("q", "k", "v", "beta", "log_decay", "first"),
+    (),
+    ("y", "last", "error"),
+    _shapes,
+    ("y", "last"),
+)
+"""The recurrence that also tells the error of every token's heads, ``[N,T,H]``, by the router that ``how`` names."""
+
+PRIMITIVES = (PACKED, PREDICTIVE)
 
 
 def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
@@ -42,30 +63,52 @@ def decide(mixer: Mixer, call: Call) -> Any:
     return library.host(keep)
 
 
-def _recurrence(mixer: Mixer, token: dict[str, Array], **options: Any) -> Mixer:
-    name = ham.recurrence_of(token.get("log_decay"))
-    return part(name, mixer.backend, mixer.allow_tf32, tuple(options.items()))
+def _recurrence(mixer: Mixer, token: dict[str, Array], unscaled: bool) -> Mixer:
+    """The part that runs over every token; see ``ham._parts``."""
+    return mixer.parts[2 * (token.get("log_decay") is None) + unscaled]
 
 
 def _gates(token: dict[str, Array]) -> dict[str, Array]:
     return {name: token[name] for name in ("beta", "log_decay") if token.get(name) is not None}
 
 
-def _decisions(library: Any, mixer: Mixer, token: dict[str, Array], first: Array) -> tuple[Array, Array]:
-    """Scores and decisions of every token."""
+def _ran(library: Any, mixer: Mixer, token: dict[str, Array], first: Array) -> tuple[Array, Array, Array | None]:
+    """Output and last state of the recurrence, and errors where one kernel finds all three."""
+    options = mixer.options
+    if options["router"] != "given" and not options["score_grad"] and token["k"].shape[1] > 1:
+        x = tuple(token.get(name) for name in ("q", "k", "v", "beta", "log_decay"))
+        scale = token["k"].shape[3] ** -0.5 if options["scale"] is None else options["scale"]
+        found = run(library, PREDICTIVE, mixer.backend, (*x, first), (), scale, options["router"])
+        if found is not None:
+            y, state, error = found
+            return y, state, error
+    result = library.call(
+        _recurrence(mixer, token, False),
+        q=token["q"],
+        k=token["k"],
+        v=token["v"],
+        initial_state=first,
+        **_gates(token),
+    )
+    return result.y, result.state, None
+
+
+def _decisions(
+    library: Any, mixer: Mixer, token: dict[str, Array], first: Array, error: Array | None = None
+) -> tuple[Array, Array]:
+    """Scores and decisions of every token, from the errors of its heads where they are known."""
     xp, options = library.namespace, mixer.options
     wide = "float64" if library.dtype(token["q"]) == "float64" else "float32"
-    held = {
-        n: library.cast(token[n], wide) for n in ("k", "v", "beta", "log_decay", "score") if token.get(n) is not None
-    }
+    names = () if error is not None else ("k", "v", "beta", "log_decay", "score")
+    held = {n: library.cast(token[n], wide) for n in names if token.get(n) is not None}
     held |= {name: token.get(name) for name in ("kept", "threshold")}
     predicted = None
-    if options["router"] != "given":
+    if options["router"] != "given" and error is None:
         if not options["score_grad"]:
             held = {n: a if a is None else stop(a) for n, a in held.items()}
             first = stop(first)
         predicted = _predictions(library, mixer, held, library.cast(first, wide))
-    score = ham.scores(xp, options, held, predicted)
+    score = ham.scores(xp, options, held, predicted, error)
     return score, ham.decisions(xp, options, held, score)
 
 
@@ -79,7 +122,7 @@ def _predictions(library: Any, mixer: Mixer, token: dict[str, Array], first: Arr
     # The last token's read is of no use, so it does not run.
     short = {n: a[:, :-1] for n, a in _gates(token).items()}
     reads = library.call(
-        _recurrence(mixer, token, scale=1.0),
+        _recurrence(mixer, token, True),
         q=k[:, 1:],
         k=k[:, :-1],
         v=v[:, :-1],
@@ -96,15 +139,8 @@ def _whole(library: Any, mixer: Mixer, token: dict[str, Array], held: HAMState) 
     v = token["v"]
     heads, dtype = v.shape[2], library.dtype(v)
     wide = "float64" if dtype == "float64" else "float32"
-    result = library.call(
-        _recurrence(mixer, token, scale=options["scale"]),
-        q=token["q"],
-        k=token["k"],
-        v=v,
-        initial_state=held.recurrence,
-        **_gates(token),
-    )
-    score, keep = _decisions(library, mixer, token, held.recurrence)
+    y, state, error = _ran(library, mixer, token, held.recurrence)
+    score, keep = _decisions(library, mixer, token, held.recurrence, error)
     raised = ham.lift(xp, score) if options["score_grad"] else None
 
     q, k, value = sides(xp, options, token)
@@ -129,7 +165,7 @@ def _whole(library: Any, mixer: Mixer, token: dict[str, Array], held: HAMState) 
         near = _near(library, options, rows, held, keep, q, k, value, raised, scale)
         attended = merge(xp, (attended, library.cast(lse, wide)), near)
 
-    y = ham.gated(library.cast(result.y, wide), _wide(library, token.get("gate_rnn"), wide))
+    y = ham.gated(library.cast(y, wide), _wide(library, token.get("gate_rnn"), wide))
     y = y + ham.gated(attended, _wide(library, token.get("gate_kv"), wide))
     cache = rows.cache(packed_k[..., : q.shape[-1]], held.keys), rows.cache(packed_v, held.values)
     marks = xp.where(keep, rows.ordinal, xp.zeros_like(rows.ordinal))
@@ -137,7 +173,7 @@ def _whole(library: Any, mixer: Mixer, token: dict[str, Array], held: HAMState) 
     biases = (held.bias, held.window_bias)
     if raised is not None:
         biases = rows.cache_plain(packed_b, held.bias), _last(xp, held.window_bias, raised)
-    return (library.cast(y, dtype), keep, score), (result.state, *cache, rows.count, *window, *biases)
+    return (library.cast(y, dtype), keep, score), (state, *cache, rows.count, *window, *biases)
 
 
 def _wide(library: Any, a: Array | None, dtype: str) -> Array | None:
@@ -200,11 +236,11 @@ class _Rows:
     def packed(self, rows: Array) -> Array:
         """Kept rows of ``[N,M+T,A,E]``, gathered."""
         order = self._order[..., None] if self._order.ndim == 3 else self._order[..., None, None]
-        return self._xp.take_along_axis(rows, self._wide(order, rows), axis=1)
+        return take_rows(self._xp, rows, self._wide(order, rows))
 
     def packed_plain(self, rows: Array) -> Array:
         """Kept rows of ``[N,M+T]`` or ``[N,M+T,H]``, gathered."""
-        return self._xp.take_along_axis(rows, self._order, axis=1)
+        return take_rows(self._xp, rows, self._order)
 
     def _wide(self, index: Array, rows: Array) -> Array:
         return self._xp.broadcast_to(index, (*index.shape[:2], *rows.shape[2:]))
@@ -228,7 +264,7 @@ class _Rows:
         place = xp.where(ordinal > 0, place, xp.zeros_like(place))
         index = xp.astype(place, self._order.dtype)
         index = index[..., None] if index.ndim == 3 else index[..., None, None]
-        return self._filled(xp.take_along_axis(packed, self._wide(index, packed), axis=1), old)
+        return self._filled(take_rows(xp, packed, self._wide(index, packed)), old)
 
     def cache_plain(self, packed: Array, old: Array) -> Array:
         """The cache that follows, from gathered ``[N,P,A,1]``, as ``[N,M]`` or ``[N,M,H]``."""

@@ -366,6 +366,8 @@ def _specialised(key: str) -> MixerSpec:
     base, base_options = base_of(options["base"])
     from mixers.cached import compose
 
+    by_token = options["aggregate"] == "soup" and not _memory(base).linear
+
     return MixerSpec(
         name="memory_caching",
         summary=memory_caching.summary,
@@ -389,9 +391,15 @@ def _specialised(key: str) -> MixerSpec:
         refuse=refuse,
         settle=settle,
         compose=compose,
+        traced=lambda call: not by_token and _begins(call),
         parts=lambda options: (base_of(options["base"]),),
         tolerance=base.tolerance,
     )
+
+
+def _begins(call: Any) -> bool:
+    """Whether it is known at which token of a segment a call begins: at the first."""
+    return all(a is None for name, a in call.x.items() if name == "offsets" or name.startswith("initial."))
 
 
 def specialise(options: Options) -> MixerSpec:

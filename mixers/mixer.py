@@ -79,6 +79,7 @@ class Mixer:
         tune: measure candidates when a problem is new.
         asked: the backend, kernel and configuration that were asked for by name.
         recomputes: the kernels of an explicit backend compute their states again in the backward.
+        parts: of a composition, in the order of ``spec.parts``.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class Mixer:
         if self.batch_invariant and spec.compose is not None:
             raise ValueError(f"{spec.name}: kernels promise batch_invariant=True, and this is composed of several")
         self.recomputes = backend in installed() and installed()[backend].recomputes
+        found = self.spec.parts(self.options) if self.spec.compose is not None and backend != REFERENCE else ()
+        self.parts = tuple(part(of, backend, self.allow_tf32, tuple(o.items())) for of, o in found)
         self._plans: dict[Problem, Plan] = {}
         self._plans_in_place: dict[Problem, Plan | None] = {}
         self._shortcuts: dict[Any, Any] = {}

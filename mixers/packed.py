@@ -9,31 +9,23 @@ queries touches a run of rows and no more: work falls with the number of rows th
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from mixers.algebra import device_of, stop
-from mixers.backend import installed
+from mixers.primitive import Primitive, Shapes, run
 from mixers.spec import Array
 
 BLOCK = 256
 
 
-class PackedAttention(Protocol):
-    """A backend's kernel, as ``backend.primitives()["packed_attention"]``."""
+def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str) -> Shapes:
+    q, v = x[0], x[2]
+    lse = "float64" if dtype == "float64" else "float32"
+    return ((*q.shape[:3], v.shape[3]), dtype), (tuple(q.shape[:3]), lse)
 
-    arrays: tuple[str, ...]
 
-    def takes(self, q: Array, k: Array, v: Array) -> bool:
-        """Whether it runs on these."""
-
-    def forward(
-        self, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float
-    ) -> tuple[tuple[Array, Array], Any]:
-        """``(y, lse)``, and what the backward wants."""
-
-    def backward(self, saved: Any, dy: Array, dlse: Array) -> tuple[Array, Array, Array]:
-        """Gradients of q, k and v."""
+PRIMITIVE = Primitive("packed_attention", ("q", "k", "v"), ("low", "high"), ("y", "lse"), _shapes, ("y", "lse"))
+"""Its kernels take as many heads of keys as of values; y has the dtype of q, lse that of arithmetic."""
 
 
 def packed_attention(
@@ -44,24 +36,11 @@ def packed_attention(
         most = max(k.shape[2], v.shape[2])
         most = most if most % min(k.shape[2], v.shape[2]) == 0 else q.shape[2]
         k, v = (a if a.shape[2] == most else library.namespace.repeat(a, most // a.shape[2], axis=2) for a in (k, v))
-    kernel = _kernel(library, backend, q, k, v)
-    if kernel is None:
+    found = run(library, PRIMITIVE, backend, (q, k, v), (low, high), scale)
+    if found is None:
         return by_arrays(library, q, k, v, low, high, scale)
-    y, lse = library.custom(lambda q, k, v: kernel.forward(q, k, v, low, high, scale), kernel.backward, (q, k, v))
+    y, lse = found
     return y, lse
-
-
-def _kernel(library: Any, backend: str, q: Array, k: Array, v: Array) -> PackedAttention | None:
-    for found in sorted(installed().values(), key=lambda b: -b.preference):
-        primitives: Callable[[], dict[str, PackedAttention]] | None = getattr(found, "primitives", None)
-        if backend not in ("auto", found.name) or primitives is None or not found.status():
-            continue
-        if library.name not in found.place.libraries or library.device(q) not in found.place.devices:
-            continue
-        kernel = primitives().get("packed_attention")
-        if kernel is not None and library.name in kernel.arrays and kernel.takes(q, k, v):
-            return kernel
-    return None
 
 
 def by_arrays(library: Any, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float) -> tuple[Array, Array]:

@@ -108,8 +108,9 @@ def _run(
     every = flags.checkpoint_every or max(tokens, 1)
     outputs: list[Any] = []
     checkpoints = []
-    for first in range(0, max(tokens, 1), every):
-        piece = {name: a[:, first : first + every] for name, a in inputs.items()}
+    # One piece without a range over its tokens, which would tie a compiler to their number.
+    for first in range(0, max(tokens, 1), every) if flags.checkpoint_every else (0,):
+        piece = {n: a[:, first : first + every] for n, a in inputs.items()} if flags.checkpoint_every else inputs
         y, state = whole(piece, constants, state, first) if tokens else (_nothing(xp, spec, options, inputs), state)
         outputs.append(y)
         if flags.checkpoint_every and first + every <= tokens:

@@ -244,7 +244,9 @@ class MixerSpec:
         settle: cuts what ``reserve`` grew too far: ``f(call, outputs)``; never while something is traced.
         compose: runs a call on whole sequences by other mixers and array operations: ``f(library, mixer, call, x)``,
             named as in ``mixers.problem``. Every backend but the reference then runs that.
+        traced: whether a compiler may follow ``compose`` in a call, ``f(call)``: not where numbers decide about shapes.
         parts: the specifications and options of the mixers that ``compose`` calls.
+        primitives: the operations that ``compose`` has backends' kernels for; see ``mixers.primitive``.
         remark: something to say in an explanation: ``f(mixer, call)``, empty for nothing.
     """
 
@@ -274,7 +276,9 @@ class MixerSpec:
     refuse: Callable[[Any, Any, bool], None] | None = None
     settle: Callable[[Any, dict[str, Array]], dict[str, Array]] | None = None
     compose: Callable[[Any, Any, Any, dict[str, Array]], dict[str, Array]] | None = None
+    traced: Callable[[Any], bool] = lambda call: False
     parts: Callable[[Options], "tuple[tuple[MixerSpec, dict[str, Any]], ...]"] = lambda options: ()
+    primitives: tuple[Any, ...] = ()
     remark: Callable[[Any, Any], str] | None = None
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: MappingProxyType({"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3})

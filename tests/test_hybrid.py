@@ -181,6 +181,39 @@ def test_jax_runs_compositions_under_jit(make) -> None:
         np.testing.assert_allclose(first.y, truth(**cut(inputs(mix), 0, 6)).y, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "graphs"),
+    [(ham, {"window": 2}, 2), (ham, {"max_kept": 3, "decide": "head"}, 2), (cached, {"segment": 4}, 3)],
+    ids=["ham", "ham-capped", "memory_caching"],
+)
+def test_a_compiler_follows_compositions(make, options: Named, graphs: int) -> None:
+    """Forward and backward in one graph; one serves every length, but the segments of memory caching are unrolled."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # kernels may change it, and a compiler looks at it
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    mix = make("auto", **options)
+
+    def slopes(call, tokens: int) -> tuple[Any, ...]:
+        leaves = {n: torch.from_numpy(a).requires_grad_() for n, a in cut(inputs(mix), 0, tokens).items()}
+        y, state = call(leaves)
+        return y.detach(), *torch.autograd.grad(y.square().sum() + state[0].sum(), list(leaves.values()))
+
+    def plain(x: Named) -> tuple[Any, Any]:
+        result = mix(**x)
+        return result.y, flat(mix, result.state)
+
+    compiled = torch.compile(lambda x: plain(x), fullgraph=True, backend="aot_eager")
+    try:
+        for tokens in (7, 9, 12):
+            for got, wanted in zip(slopes(compiled, tokens), slopes(plain, tokens), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-9)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs
+
+
 # HAM.
 
 

@@ -61,3 +61,41 @@ def test_tf32_is_an_option() -> None:
     assert mix.flags(False, True, 0).allow_tf32
     assert not mixers.get("delta_rule", backend="triton").flags(False, True, 0).allow_tf32
     assert mix != mixers.get("delta_rule", backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cap", "share"),
+    [((2, 45, 4, 2, 33, 20, 40, 1), 0, 0.5), ((1, 40, 2, 2, 8, 40, 20, 2), 7, 0.6), ((1, 9, 2, 1, 5, 3, 4, 1), 0, 0.0)],
+    ids=["grouped", "capped, a head each", "nothing kept"],
+)
+def test_packed_attention(sizes: tuple[int, ...], cap: int, share: float) -> None:
+    """Outputs, lse and gradients of both against float64 by array operations, and the same bits twice."""
+    from mixers.backends.triton.packed_attention import PRIMITIVE
+
+    from mixers.arrays.torch import library
+    from mixers.packed import by_arrays
+
+    batch, tokens, heads, groups, width, depth, rows, bounds = sizes
+    make = torch.Generator().manual_seed(0)
+    shapes = ((batch, tokens, heads, width), (batch, rows, groups, width), (batch, rows, groups, depth))
+    leaves = [torch.randn(s, generator=make).double().requires_grad_() for s in shapes]
+    kept = torch.rand(batch, tokens, bounds, generator=make) < share
+    high = kept.cumsum(1).clamp(max=rows).int()
+    low = (high - cap).clamp(min=0) if cap else torch.zeros_like(high)
+    y, lse = by_arrays(library, *leaves, low, high, 0.3)
+    seen = torch.isfinite(lse)
+    dy, dlse = torch.randn(y.shape, generator=make), torch.randn(lse.shape, generator=make).where(seen, 0)
+    flowing = (y * dy).sum() + torch.where(seen, lse * dlse, 0).sum()
+    wanted = torch.autograd.grad(flowing, leaves, allow_unused=True) if share else [torch.zeros_like(a) for a in leaves]
+
+    x = [a.detach().float().to(DEVICE) for a in leaves]
+    call = tuple(x), (low.to(DEVICE), high.to(DEVICE)), 0.3, ""
+    assert PRIMITIVE.serves("float32", DEVICE, (width, depth))
+    got = PRIMITIVE.forward(*call)
+    torch.testing.assert_close(got[0].cpu().double(), y.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1].cpu().double(), lse.detach(), rtol=1e-5, atol=1e-5)
+    found = PRIMITIVE.backward(*call, got, (dy.to(DEVICE), dlse.to(DEVICE)))
+    again = PRIMITIVE.backward(*call, got, (dy.to(DEVICE), dlse.to(DEVICE)))
+    for a, b, c in zip(found, wanted, again, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-5)
+        assert torch.equal(a, c)

@@ -33,6 +33,27 @@ def bound(bounds, n, r, m, g):
 
 
 @device
+def spanned(low, high, n, r, rows, m, g):
+    """The gathered rows, from the first to past the last, that any of some queries sees."""
+    first, last = bound(low, n, r, m, g), bound(high, n, r, m, g)
+    for i in range(rows):
+        first = min(first, bound(low, n, r + i, m, g))
+        last = max(last, bound(high, n, r + i, m, g))
+    return np.int64(first), np.int64(last)
+
+
+@device
+def hide(s, low, high, n, r, rows, m, g, position, count, row_step, query_step):
+    """−∞ for the ``count`` rows from ``position`` on that a query does not see."""
+    for i in range(rows):
+        first, end = bound(low, n, r + i, m, g) - position, bound(high, n, r + i, m, g) - position
+        for j in range(min(count, max(0, first))):
+            s[j * row_step + i * query_step] = -np.inf
+        for j in range(max(0, end), count):
+            s[j * row_step + i * query_step] = -np.inf
+
+
+@device
 def forward_block(q, k, v, low, high, n, g, r, rows, scale, block, y, lse):
     """The output of ``rows`` queries from ``r`` on of key head ``g`` in row ``n`` of the batch."""
     width, depth, m = q.shape[3], v.shape[3], q.shape[2] // k.shape[2]
@@ -45,22 +66,13 @@ def forward_block(q, k, v, low, high, n, g, r, rows, scale, block, y, lse):
     total[:] = 0
     o[:] = 0
 
-    position, last = bound(low, n, r, m, g), bound(high, n, r, m, g)
-    for i in range(rows):
-        position = min(position, bound(low, n, r + i, m, g))
-        last = max(last, bound(high, n, r + i, m, g))
-    position, last = np.int64(position), np.int64(last)
+    position, last = spanned(low, high, n, r, rows, m, g)
     while position < last:
         count = min(block, last - position)
         load_rows(k, n, position, g, np.int64(1), np.int64(0), count, scale, tile_k, ldk)
         load_rows(v, n, position, g, np.int64(1), np.int64(0), count, y.dtype.type(1), tile_v, ldv)
         matmul(s, ld, tile_k, ldk, queries, ld, count, rows, width, y.dtype.type(1), y.dtype.type(0))
-        for i in range(rows):
-            first, end = bound(low, n, r + i, m, g) - position, bound(high, n, r + i, m, g) - position
-            for j in range(min(count, max(0, first))):
-                s[j * ld + i] = -np.inf
-            for j in range(max(0, end), count):
-                s[j * ld + i] = -np.inf
+        hide(s, low, high, n, r, rows, m, g, position, count, ld, 1)
         soften_block(s, ld, count, top, total, shrink)
         scale_columns(o, ld, depth, shrink)
         matmul_ta(o, ld, tile_v, ldv, s, ld, depth, rows, count, y.dtype.type(1), y.dtype.type(1))
@@ -123,10 +135,7 @@ def keys_block(q, k, v, low, high, n, g, position, scale, block_q, block_k, lse,
     r, total = np.int64(0), q.shape[1] * m
     while r < total:
         rows = min(block_q, total - r)
-        latest, earliest = bound(high, n, r, m, g), bound(low, n, r, m, g)
-        for i in range(rows):
-            latest = max(latest, bound(high, n, r + i, m, g))
-            earliest = min(earliest, bound(low, n, r + i, m, g))
+        earliest, latest = spanned(low, high, n, r, rows, m, g)
         if latest > position and earliest < position + count:
             load_rows(q, n, np.int64(0), g, m, r, rows, one, tile_q, ldk)
             load_rows(dy, n, np.int64(0), g, m, r, rows, one, tile_dy, ldv)
@@ -134,12 +143,8 @@ def keys_block(q, k, v, low, high, n, g, position, scale, block_q, block_k, lse,
             load_vector(delta, n, np.int64(0), g, m, r, rows, delta_)
             matmul(p, ld, tile_q, ldk, across_k, ld, rows, count, width, one, nil)
             matmul(ds, ld, tile_dy, ldv, across_v, ld, rows, count, depth, one, nil)
+            hide(p, low, high, n, r, rows, m, g, position, count, 1, ld)
             for i in range(rows):
-                first, end = bound(low, n, r + i, m, g) - position, bound(high, n, r + i, m, g) - position
-                for j in range(min(count, max(0, first))):
-                    p[i * ld + j] = -np.inf
-                for j in range(max(0, end), count):
-                    p[i * ld + j] = -np.inf
                 less, shift = splat(p, lse_[i], NARROW), splat(p, delta_[i], NARROW)
                 for j in range(i * ld, i * ld + ld, lanes(p, NARROW)):
                     weight = exp(sub(load(p, j, NARROW), less))
@@ -173,23 +178,14 @@ def queries_block(q, k, v, low, high, n, g, r, rows, scale, block, lse, dy, delt
     load_vector(delta, n, np.int64(0), g, m, r, rows, delta_)
     sum_q[:] = 0
 
-    position, last = bound(low, n, r, m, g), bound(high, n, r, m, g)
-    for i in range(rows):
-        position = min(position, bound(low, n, r + i, m, g))
-        last = max(last, bound(high, n, r + i, m, g))
-    position, last = np.int64(position), np.int64(last)
+    position, last = spanned(low, high, n, r, rows, m, g)
     while position < last:
         count = min(block, last - position)
         load_rows(k, n, position, g, np.int64(1), np.int64(0), count, scale, tile_k, ldk)
         load_rows(v, n, position, g, np.int64(1), np.int64(0), count, one, tile_v, ldv)
         matmul(p, ld, tile_k, ldk, across_q, ld, count, rows, width, one, nil)
         matmul(ds, ld, tile_v, ldv, across_dy, ld, count, rows, depth, one, nil)
-        for i in range(rows):
-            first, end = bound(low, n, r + i, m, g) - position, bound(high, n, r + i, m, g) - position
-            for j in range(min(count, max(0, first))):
-                p[j * ld + i] = -np.inf
-            for j in range(max(0, end), count):
-                p[j * ld + i] = -np.inf
+        hide(p, low, high, n, r, rows, m, g, position, count, ld, 1)
         for j in range(count):
             for i in range(0, ld, lanes(p, NARROW)):
                 weight = exp(sub(load(p, j * ld + i, NARROW), load(lse_, i, NARROW)))
@@ -279,46 +275,60 @@ def _blocks(batch: int, rows: int, size: int) -> np.ndarray:
 
 
 class PackedAttention:
-    """See ``mixers.packed.PackedAttention``."""
+    """See ``mixers.packed``."""
 
     arrays = ("numpy", "torch")
 
-    def takes(self, q: Any, k: Any, v: Any) -> bool:
-        """Whatever has as many heads of values as of keys."""
-        return bool(k.shape[2] == v.shape[2])
+    def serves(self, dtype: str, device: str, widths: tuple[int, int]) -> bool:
+        """Everything on a CPU."""
+        return device == "cpu"
 
-    def forward(self, q: Any, k: Any, v: Any, low: Any, high: Any, scale: float) -> tuple[tuple[Any, Any], Any]:
+    def forward(self, x: Any, fixed: Any, scale: float, how: str) -> tuple[Any, Any]:
         """Output and lse, in the arrays' own library."""
+        (q, k, v), (low, high) = x, fixed
         like = q
-        q, k, v = (_host(a) for a in (q, k, v))
-        low, high = (np.ascontiguousarray(_host(a, np.int32)) for a in (low, high))
+        q, k, v, low, high = _all_hosts(q, k, v, low, high)
         batch, tokens, heads, _ = q.shape
         m, factor = heads // k.shape[2], q.dtype.type(scale)
         y = np.zeros((batch, tokens, heads, v.shape[3]), q.dtype)
         lse = np.full((batch, tokens, heads), -np.inf, q.dtype)
-        pairs = float(np.sum(high - low, dtype=np.float64)) * (heads / high.shape[2])
-        work = pairs * (q.shape[3] + v.shape[3]) + 1.0
         if k.shape[1] and tokens:
             table = _blocks(batch, tokens * m, BLOCK_Q)
+            work = _work(q, v, low, high)
             forward(work, len(table) * k.shape[2], q, k, v, low, high, table, factor, BLOCK_Q, BLOCK_K, y, lse)
-        saved = (like, q, k, v, low, high, factor, y, lse, work)
-        return (_back(y, like), _back(lse, like)), saved
+        return _back(y, like), _in(lse, like)
 
-    def backward(self, saved: Any, dy: Any, dlse: Any) -> tuple[Any, Any, Any]:
+    def backward(self, x: Any, fixed: Any, scale: float, how: str, out: Any, dout: Any) -> tuple[Any, Any, Any]:
         """Gradients of q, k and v."""
-        like, q, k, v, low, high, factor, y, lse, work = saved
-        dy, dlse = _host(dy), _host(dlse)
+        (q, k, v), (low, high), (y, lse), (dy, dlse) = x, fixed, out, dout
+        like = q
+        q, k, v, low, high = _all_hosts(q, k, v, low, high)
+        y, lse, dy, dlse = (_host(a) for a in (y, lse, dy, dlse))
         dq, dk, dv = (np.zeros(a.shape, a.dtype) for a in (q, k, v))
         if k.shape[1] and q.shape[1]:
             groups, m = k.shape[2], q.shape[2] // k.shape[2]
-            delta = np.empty(lse.shape, lse.dtype)
+            delta, work = np.empty(lse.shape, lse.dtype), _work(q, v, low, high)
             lse = np.where(np.isfinite(lse), lse, 0).astype(lse.dtype)
             queries, rows = _blocks(q.shape[0], q.shape[1] * m, BLOCK_Q), _blocks(k.shape[0], k.shape[1], BLOCK_K)
             backward_deltas(float(q.size), len(queries) * groups, y, dy, dlse, queries, groups, BLOCK_Q, delta)
-            inputs, sizes = (q, k, v, low, high), (factor, BLOCK_Q, BLOCK_K, lse, dy, delta)
+            inputs, sizes = (q, k, v, low, high), (q.dtype.type(scale), BLOCK_Q, BLOCK_K, lse, dy, delta)
             backward_keys(2.5 * work, len(rows) * groups, *inputs, rows, *sizes, dk, dv)
             backward_queries(1.5 * work, len(queries) * groups, *inputs, queries, *sizes, dq)
-        return tuple(_back(a, like) for a in (dq, dk, dv))
+        return _back(dq, like), _back(dk, like), _back(dv, like)
+
+
+def _all_hosts(q: Any, k: Any, v: Any, low: Any, high: Any) -> tuple[np.ndarray, ...]:
+    """The arguments of both directions as NumPy arrays."""
+    return (
+        *(_host(a) for a in (q, k, v)),
+        *(np.ascontiguousarray(_host(a, np.int32)) for a in (low, high)),
+    )
+
+
+def _work(q: np.ndarray, v: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """Multiplications, for the number of threads."""
+    pairs = float(np.sum(high - low, dtype=np.float64)) * (q.shape[2] / high.shape[2])
+    return pairs * (q.shape[3] + v.shape[3]) + 1.0
 
 
 def _host(a: Any, dtype: Any = None) -> np.ndarray:
@@ -331,13 +341,19 @@ def _host(a: Any, dtype: Any = None) -> np.ndarray:
     return np.asarray(a, dtype)
 
 
-def _back(a: np.ndarray, like: Any) -> Any:
-    """In the library and dtype of another array."""
+def _in(a: np.ndarray, like: Any) -> Any:
+    """In the library of another array."""
     if isinstance(like, np.ndarray):
-        return a.astype(like.dtype, copy=False)
+        return a
     import torch
 
-    return torch.from_numpy(a).to(like.dtype)
+    return torch.from_numpy(a)
+
+
+def _back(a: np.ndarray, like: Any) -> Any:
+    """In the library and dtype of another array."""
+    found = _in(a, like)
+    return found.astype(like.dtype, copy=False) if isinstance(like, np.ndarray) else found.to(like.dtype)
 
 
 PRIMITIVE = PackedAttention()

@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import os
 from importlib import import_module
+from typing import Any
 
 from mixers.backend import Kernel, Place, Support
 
@@ -37,6 +38,11 @@ class TritonBackend:
     def kernels(self) -> tuple[Kernel, ...]:
         """All kernels, in order of preference; imports Triton."""
         return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
+
+    def primitives(self) -> dict[str, Any]:
+        """Kernels that compositions call; see ``mixers.packed``."""
+        names = ("packed_attention", "predictive_delta")
+        return {name: import_module(f".{name}", __package__).PRIMITIVE for name in names}
 
     def compile_only(self, capability: int) -> None:
         """From now on compile what is launched, for a GPU that this process cannot see, and run nothing."""

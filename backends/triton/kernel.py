@@ -86,6 +86,13 @@ def _uneven(problem: Problem) -> Support:
     return Support.yes()
 
 
+def runs_here(dtype: str, device: str) -> bool:
+    """Whether a primitive's kernel runs on tensors of a dtype and device."""
+    if INTERPRETED:
+        return device == "cpu" and dtype in ("float32", "float16")
+    return device == "cuda" and dtype in ("float32", "float16", "bfloat16")
+
+
 def precision(problem: Problem) -> str:
     """How a dot of float32 operands is computed: true float32 unless the caller allows tf32."""
     return "tf32" if problem.flags.allow_tf32 else "ieee"

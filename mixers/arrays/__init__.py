@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mixers.call import Call
     from mixers.mixer import Mixer
     from mixers.packing import Pack
+    from mixers.primitive import Primitive
     from mixers.result import Result
 
 
@@ -63,12 +64,10 @@ class Library(Protocol):
     def call(self, mixer: "Mixer", **arguments: Any) -> "Result":
         """A mixer as a part of a composition."""
 
-    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        """An operation with a gradient of its own.
-
-        ``forward(*arrays) -> (outputs, saved)``; ``backward(saved, *gradients) -> gradients``, one an array, None where
-        there is none.
-        """
+    def primitive(
+        self, primitive: "Primitive", of: Any, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
+    ) -> tuple[Array, ...] | None:
+        """The results of a primitive by the kernel of ``mixers.primitive.find(*of)``; None where there is none."""
 
     def untraced(self, function: Any) -> Any:
         """The function, left out of a compiler's graph where the library has a compiler that would follow it."""

@@ -23,6 +23,7 @@ from mixers.call import Call
 from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
 from mixers.plan import Plan
+from mixers.primitive import by_custom
 from mixers.problem import Arrays, Problem
 from mixers.result import Result
 from mixers.spec import Array
@@ -96,6 +97,12 @@ class JAX:
     def call(self, mixer: Mixer, **arguments: Any) -> Result:
         """A call."""
         return mixer(**arguments)
+
+    def primitive(
+        self, primitive: Any, of: Any, x: tuple[Any, ...], fixed: tuple[Any, ...], factor: float, how: str
+    ) -> tuple[Any, ...] | None:
+        """See ``mixers.arrays.Library``."""
+        return by_custom(self, primitive, of, x, fixed, factor, how)
 
     def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         """A ``custom_vjp``."""

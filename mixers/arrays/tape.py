@@ -17,6 +17,7 @@ import numpy as np
 
 from mixers.arrays.numpy import NumPy
 from mixers.mixer import Mixer
+from mixers.primitive import by_custom
 from mixers.problem import Arrays
 from mixers.result import Result
 
@@ -248,6 +249,12 @@ class Tape(NumPy):
                 at += 1
             traced.append(layout.pack(tuple(arrays)))
         return Result(made[0], *traced)
+
+    def primitive(
+        self, primitive: Any, of: Any, x: tuple[Any, ...], fixed: tuple[Any, ...], factor: float, how: str
+    ) -> tuple[Any, ...] | None:
+        """See ``mixers.arrays.Library``."""
+        return by_custom(self, primitive, of, x, fixed, factor, how)
 
     def custom(self, forward: Any, backward: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         """An operation with a gradient of its own; see ``mixers.arrays.Library.custom``."""

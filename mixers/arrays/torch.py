@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mixers import reference
-from mixers.arrays import shortcut
+from mixers.arrays import shortcut, torch_primitive
 from mixers.arrays.numpy import first_state
 from mixers.arrays.operators import (
     DTYPE_NAMES,
@@ -29,6 +29,7 @@ from mixers.backend import Pool
 from mixers.call import Call
 from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
+from mixers.primitive import Primitive
 from mixers.problem import Arrays
 from mixers.result import Result
 from mixers.spec import Array
@@ -77,21 +78,21 @@ class Torch:
         return torch.stack(outputs, dim=1), state
 
     def largest(self, counts: Array) -> int | None:
-        """A Python number: on a GPU this waits for the device; unknown while traced."""
-        if _traced():
+        """A Python number: on a GPU this waits for the device; unknown while traced or captured."""
+        if _unknown(counts):
             return None
         return int(counts.max()) if counts.numel() else 0
 
     def first_nan(self, array: Array) -> tuple[int, ...] | None:
         """A position; never asked of a device that would have to be waited for, nor of what is traced."""
-        if _traced() or array.device.type != "cpu":
+        if array.device.type != "cpu" or _unknown(array):
             return None
         where = torch.isnan(array.detach()).nonzero()
         return tuple(where[0].tolist()) if len(where) else None
 
     def host(self, counts: Array) -> np.ndarray | None:
-        """The numbers: on a GPU this waits for the device; unknown while traced."""
-        if _traced():
+        """The numbers: on a GPU this waits for the device; unknown while traced or captured."""
+        if _unknown(counts):
             return None
         found: np.ndarray = counts.detach().cpu().numpy()
         return found
@@ -109,10 +110,11 @@ class Torch:
         """A call."""
         return mixer(**arguments)
 
-    def custom(self, forward: Any, backward: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        """An ``autograd.Function``."""
-        outputs: tuple[Array, ...] = _Custom.apply(forward, backward, *arrays)  # type: ignore[no-untyped-call]
-        return outputs
+    def primitive(
+        self, primitive: Primitive, of: Any, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
+    ) -> tuple[Array, ...] | None:
+        """An operator of its own."""
+        return torch_primitive.call(primitive, of, x, fixed, factor, how)
 
     def untraced(self, function: Any) -> Any:
         """The function as a break of the graph: how much is kept decides shapes."""
@@ -176,6 +178,10 @@ class Torch:
         """Define the mixer's operators; a composition has those of its parts."""
         if mixer.spec.compose is None:
             define_operators(mixer.spec, mixer.options)
+        for arg in (*mixer.spec.inputs, *mixer.spec.parameters):
+            arg.layouts  # noqa: B018  read once: a tracer does not follow a lock
+        for primitive in mixer.spec.primitives:
+            torch_primitive.define(primitive)
 
     def again(self, mixer: Mixer, x: Arrays, state: bool, checkpoint_every: int | None) -> Result | None:
         """A call in eager mode: its checks, problem and plan are those of the last one like it."""
@@ -196,27 +202,10 @@ class Torch:
         return dict(zip(result_names(call.spec, call.options), results, strict=True))
 
 
-def _traced() -> bool:
-    """Whether a compiler or a transformation of ``torch.func`` looks on: tensors have no numbers then."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-class _Custom(torch.autograd.Function):
-    """See ``Torch.custom``."""
-
-    @staticmethod
-    def forward(ctx: Any, forward: Any, backward: Any, *arrays: Any) -> Any:
-        """Run, and keep what the backward wants."""
-        outputs, ctx.saved = forward(*(a.detach() for a in arrays))
-        ctx.backward_of = backward
-        ctx.set_materialize_grads(True)
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """Run the gradient's own function."""
-        return None, None, *ctx.backward_of(ctx.saved, *gradients)
+def _unknown(array: Array) -> bool:
+    """Whether there are no numbers yet: a compiler or ``torch.func`` looks on, or a graph captures the work."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return traced or bool(array.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _first_state(call: Call) -> Arrays:

@@ -1,0 +1,169 @@
+"""Loss against the kept share on a recall task: ``python -m benchmarks.recall``.
+
+A sequence is pairs of a key and a value, then questions: a key that was seen, whose value is to be named. There are
+more pairs than a small recurrence can hold. Every run trains the same two-layer model of ``HybridLayer`` blocks with a
+budget (``KeepBudget``) that moves the threshold towards a share of tokens to keep; a share of 0 is the recurrence
+alone, of 1 full attention beside it. Loss and accuracy are those of the questions, on sequences never trained on.
+Writes JSON and a plot beside it.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixers.nn import HybridLayer, KeepBudget
+
+RESULT = Path(__file__).resolve().parent / "results" / "recall.json"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def batch(rows: int, pairs: int, questions: int, words: int, make: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and, at questions, the answer; −100 elsewhere. Keys are words below ``words``, values those from it up."""
+    keys = torch.rand(rows, words, generator=make).argsort(1)[:, :pairs]
+    values = torch.randint(words, 2 * words, (rows, pairs), generator=make)
+    told = torch.stack([keys, values], dim=2).flatten(1)
+    asked = torch.rand(rows, pairs, generator=make).argsort(1)[:, :questions]
+    x = torch.cat([told, keys.gather(1, asked)], dim=1)
+    answers = torch.cat([torch.full_like(told, -100), values.gather(1, asked)], dim=1)
+    return x.to(DEVICE), answers.to(DEVICE)
+
+
+class Model(nn.Module):
+    """Embedding, blocks of a hybrid layer and a perceptron, and a head."""
+
+    def __init__(self, words: int, width: int, heads: int, share: float, depth: int = 2) -> None:
+        """See the class."""
+        super().__init__()
+        # Shares of 0 and 1 are thresholds that nothing, or everything, reaches.
+        fixed = {0.0: 10.0, 1.0: -10.0}.get(share)
+        self.budgets = nn.ModuleList(KeepBudget(share, threshold=0.9, rate=0.02) for _ in range(0 if fixed else depth))
+        self.embed = nn.Embedding(2 * words, width)
+        self.mixers, self.mlps = nn.ModuleList(), nn.ModuleList()
+        for i in range(depth):
+            budget = {"threshold": fixed} if fixed else {"budget": self.budgets[i]}
+            self.mixers.append(HybridLayer(d_model=width, heads=heads, key_dim=width // heads, **budget))
+            self.mlps.append(nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)))
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2 * depth + 1))
+        self.head = nn.Linear(width, 2 * words)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B,T,words]``."""
+        x = self.embed(x)
+        for i, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
+            x = x + mixer(self.norms[2 * i](x))[0]
+            x = x + mlp(self.norms[2 * i + 1](x))
+        return self.head(self.norms[-1](x))
+
+    def kept(self, x: Tensor) -> float:
+        """The share of tokens that is kept, all layers together."""
+        shares = []
+        hooks = []
+        for mixer in self.mixers:
+            ran = mixer._ran
+
+            def watch(result: Any, real: Tensor | None, ran: Any = ran) -> None:
+                shares.append(float(result.kept.float().mean()))
+                ran(result, real)
+
+            mixer._ran = watch
+            hooks.append((mixer, ran))
+        self(x)
+        for mixer, _ in hooks:
+            del mixer._ran
+        return statistics.mean(shares)
+
+
+def run(share: float, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Train one model and examine it."""
+    torch.manual_seed(seed)
+    make = torch.Generator().manual_seed(seed)
+    sizes = chosen.pairs, chosen.questions, chosen.words
+    model = Model(chosen.words, chosen.width, chosen.heads, share).to(DEVICE)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=chosen.rate, weight_decay=0.01)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimiser, chosen.rate, total_steps=chosen.steps, pct_start=0.1)
+    start = time.perf_counter()
+    for _ in range(chosen.steps):
+        x, answers = batch(chosen.batch, *sizes, make)
+        loss = nn.functional.cross_entropy(model(x).flatten(0, 1), answers.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        plan.step()
+        for budget in model.budgets:
+            budget.step()
+    model.eval()
+    examined = torch.Generator().manual_seed(10**6 + seed)
+    with torch.no_grad():
+        x, answers = batch(4 * chosen.batch, *sizes, examined)
+        logits, asked = model(x), answers >= 0
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        right = (logits.argmax(-1) == answers)[asked].float().mean()
+        kept = model.kept(x)
+    return {
+        "target": share, "seed": seed, "kept": kept, "loss": float(loss), "accuracy": float(right),
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """A point a run, and the mean of every target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.scatter([r["kept"] for r in rows], [r["loss"] for r in rows], alpha=0.4)
+    targets = sorted({r["target"] for r in rows})
+    means = [[statistics.mean(r[name] for r in rows if r["target"] == t) for t in targets] for name in ("kept", "loss")]
+    axes.plot(*means, "o-")
+    axes.set(xlabel="share of tokens kept", ylabel="loss of the answers, nats", ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Train every share with every seed, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recall", description=__doc__)
+    parser.add_argument("--shares", nargs="+", type=float, default=[0, 0.125, 0.25, 0.5, 0.75, 1])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=96)
+    parser.add_argument("--questions", type=int, default=48)
+    parser.add_argument("--words", type=int, default=256)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    chosen = parser.parse_args()
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python -m benchmarks.recall " + " ".join(sys.argv[1:]),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "runs": [],
+    }
+    for share in chosen.shares:
+        for seed in range(chosen.seeds):
+            row = run(float(share), seed, chosen)
+            found["runs"].append(row)
+            print(" ".join(f"{name}={value:.4g}" for name, value in row.items()), flush=True)
+            chosen.out.parent.mkdir(parents=True, exist_ok=True)
+            chosen.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    if chosen.plot:
+        plot(found["runs"], chosen.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
