@@ -452,19 +452,16 @@ def _sizes(q: Array, v: Array, kernel: str) -> dict[str, int]:
 
 
 # True float32 products take registers by the width: small blocks of many warps, by width.
-_SINGLES = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)}
+_SINGLES = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1)}
 
 # For bfloat16 and float16, by kernel and width.
 _HALVES = {
     ("forward", 64): (128, 64, 4, 3),
     ("forward", 128): (128, 64, 8, 3),
-    ("forward", 256): (64, 64, 8, 2),
     ("queries", 64): (128, 64, 8, 3),
     ("queries", 128): (128, 64, 8, 2),
-    ("queries", 256): (64, 32, 8, 2),
     ("rows", 64): (64, 128, 8, 2),
     ("rows", 128): (64, 128, 8, 2),
-    ("rows", 256): (32, 64, 8, 1),
 }
 
 PRIMITIVE = PackedAttention()

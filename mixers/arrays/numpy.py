@@ -195,7 +195,7 @@ def first_state(spec: MixerSpec, options: Options, sizes: Sizes, dtype: str) -> 
     """The first state of one sequence, an array a field: numbers in ``dtype``, counters in int32."""
     fields = spec.state(options).fields
     return [
-        np.array(first, np.int32 if f.counter else dtype, order="C")
+        np.array(first).astype(np.int32 if f.counter else dtype)
         for f, first in zip(fields, spec.first(sizes, options), strict=True)
     ]
 
