@@ -37,17 +37,17 @@ WITHOUT_TORCH = tuple(
 )
 IN_XLA = (
     *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_nnx.py", "--backend", "jax"),
-    *("--share", "512", "--most", "20000", "-k", "test_jax or test_nnx or imports or float32 and not jax/steps"),
+    *("--share", "1500", "--most", "20000", "-k", "test_jax or test_nnx or imports or float32 and not jax/steps"),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 # The site asks every backend's kernels and runs blocks of every library; it is built where most of these are at hand.
 SITE = "[torch,triton,flax,docs]"
 TESTS = {
     "numba": ("", ("tests", "--backend", "reference", "--backend", "numba", "--share", "64")),
-    "torch": ("[torch]", ("tests", "--share", "512", *WITHOUT_TORCH)),
+    "torch": ("[torch]", ("tests", "--share", "1500", *WITHOUT_TORCH)),
     "jax": (SITE, IN_XLA),
-    "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "144")),
-    "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "96")),
+    "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "500")),
+    "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "300")),
 }
 
 # What `nox` compiles of the CUDA kernels, for time: `nox -s ptx` compiles every dtype for both generations of GPUs.
