@@ -5,7 +5,7 @@ Pools and laws 5 to 7: ``conformance/test_device.py``.
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from tensors import drawn, losses, on_gpu, refused  # noqa: E402
+
 import mixers  # noqa: E402
 from mixers.backend import installed  # noqa: E402
-from mixers.cases import Setting, draw  # noqa: E402
-from mixers.problem import Flags, Problem  # noqa: E402
-from mixers.spec import Sizes  # noqa: E402
 
 STATUS = mixers.backend_status()["cuda"]
 if not STATUS:
@@ -30,28 +29,9 @@ NAMES = [n for n in mixers.names() if any(n in kernel.mixers for kernel in insta
 each_mixer = pytest.mark.parametrize("name", NAMES)
 
 
-def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that only a GPU can run."""
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")(test))
-
-
-def inputs(
-    name: str, batch: int, tokens: int, *, width: int = 8, heads: int = 2, dtype: str = "float32"
-) -> dict[str, Any]:
+def inputs(name: str, batch: int, tokens: int, **more: Any) -> dict[str, Any]:
     """Random tensors of a call."""
-    spec = mixers.get_spec(name)
-    arrays = tuple((a.name, " ".join(a.layouts[0])) for a in spec.inputs if not a.optional)
-    setting = Setting(spec, (), arrays, heads, heads, width, width, (tokens,) * batch, seed=tokens)
-    x = {n: torch.from_numpy(a).to(DEVICE, torch.float32) for n, a in draw(setting, "float32").items()}
-    return {n: a.to(getattr(torch, dtype)) if n in ("q", "k", "v") else a for n, a in x.items()}
-
-
-def problem(**changes: Any) -> Problem:
-    """A small call of the delta rule."""
-    spec = mixers.get_spec("delta_rule")
-    given: dict[str, Any] = {"dtype": "float32", "library": "torch", "device": DEVICE, "K": 8, "V": 8} | changes
-    sizes = Sizes(B=1, T=4, G=1, H=1, K=given.pop("K"), V=given.pop("V"), N=1)
-    return Problem.of(spec, spec.resolve({}), sizes, Flags(), layouts=(("beta", "B T H"),), **given)
+    return drawn(name, DEVICE, batch, tokens, **more)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +44,7 @@ def problem(**changes: Any) -> Problem:
     ],
 )
 def test_refusals_have_reasons(changes: dict[str, Any], reason: str) -> None:
-    for kernel in installed()["cuda"].kernels():
-        if "delta_rule" in kernel.mixers:
-            support = kernel.supports(problem(**changes))
-            assert not support and reason in support.reason
+    assert refused("cuda", DEVICE, changes, reason)
 
 
 def test_without_a_driver_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,13 +112,6 @@ def programs() -> Iterator[Any]:
     for module in [m for n, m in sys.modules.items() if n.startswith(home.__name__)]:
         seen |= {id(value): value for value in vars(module).values() if isinstance(value, Program)}
     yield from seen.values()
-
-
-def losses(mix: Any, x: dict[str, Any]) -> Any:
-    """Output and gradients."""
-    leaves = {n: a.detach().requires_grad_() for n, a in x.items()}
-    y = mix(**leaves, return_state=False).y
-    return y, *torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
 
 
 @on_gpu

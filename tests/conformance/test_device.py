@@ -12,39 +12,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from tensors import drawn, losses, on_gpu  # noqa: E402
+
 import mixers  # noqa: E402
 from mixers.backend import installed  # noqa: E402
-from mixers.cases import Setting, draw  # noqa: E402
 
 # How much a simulator is asked to do: tokens × heads × widths, unless ``--most`` says otherwise.
 SIMULATED = 15000
 
 
-def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that only a GPU can run."""
-    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    return pytest.mark.gpu(without(test))
-
-
-def inputs(form, batch: int, tokens: int, *, width: int = 8, heads: int = 2, dtype: str = "float32") -> dict[str, Any]:
+def inputs(form, batch: int, tokens: int, **more: Any) -> dict[str, Any]:
     """Random tensors of a call."""
-    spec = mixers.get_spec(form.mixer)
-    arrays = tuple((a.name, " ".join(a.layouts[0])) for a in spec.inputs if not a.optional)
-    setting = Setting(spec, (), arrays, heads, heads, width, width, (tokens,) * batch, seed=tokens)
-    x = {n: torch.from_numpy(a).to(form.device, torch.float32) for n, a in draw(setting, "float32").items()}
-    return {n: a.to(getattr(torch, dtype)) if n in ("q", "k", "v") else a for n, a in x.items()}
+    return drawn(form.mixer, form.device, batch, tokens, **more)
 
 
 def parts(state: Any) -> tuple[Any, ...]:
     """A state as a tuple of arrays."""
     return state if isinstance(state, tuple) else (state,)
-
-
-def losses(mix: Any, x: dict[str, Any]) -> Any:
-    """Output and gradients."""
-    leaves = {n: a.detach().requires_grad_() for n, a in x.items()}
-    y = mix(**leaves, return_state=False).y
-    return y, *torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
 
 
 def test_auto_leaves_simulators_alone(form) -> None:
