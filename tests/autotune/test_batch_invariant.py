@@ -92,7 +92,7 @@ def runs() -> Iterator[Any]:
     for backend in ("numba", "triton", "cuda"):
         seen: set[tuple[str, bool]] = set()
         for kernel in installed()[backend].kernels() if status.get(backend) else ():
-            for name in sorted(kernel.mixers & set(mixers.names()), key=lambda n: -len(mixers.get_spec(n).inputs)):
+            for name in sorted(kernel.mixers & set(mixers.names()), key=lambda n: (-len(mixers.get_spec(n).inputs), n)):
                 needed = {a.name for a in mixers.get_spec(name).inputs if not a.optional}
                 gated = "log_decay" in needed and card == "cuda"  # a simulator takes its time
                 if not kernel.batch_invariant or ((kernel.name, gated) in seen and kernel.arrays != "numpy"):
