@@ -183,7 +183,7 @@ def test_jax_runs_compositions_under_jit(make) -> None:
 
 @pytest.mark.parametrize(
     ("make", "options", "graphs"),
-    [(ham, {"window": 2}, 2), (ham, {"max_kept": 3, "decide": "head"}, 2), (cached, {"segment": 4}, 3)],
+    [(ham, {"window": 2}, 2), (ham, {"max_kept": 3, "decide": "head"}, 2), (cached, {"segment": 4}, 2)],
     ids=["ham", "ham-capped", "memory_caching"],
 )
 def test_a_compiler_follows_compositions(make, options: Named, graphs: int) -> None:
@@ -206,7 +206,7 @@ def test_a_compiler_follows_compositions(make, options: Named, graphs: int) -> N
 
     compiled = torch.compile(lambda x: plain(x), fullgraph=True, backend="aot_eager")
     try:
-        for tokens in (7, 9, 12):
+        for tokens in (7, 12):
             for got, wanted in zip(slopes(compiled, tokens), slopes(plain, tokens), strict=True):
                 torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-9)
     finally:

@@ -9,8 +9,8 @@ time. How a plan runs on tensors, where they are or on the host, is here too.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ DTYPE_NAMES = {
     getattr(torch, name): name for name in ("float64", "float32", "bfloat16", "float16", "int32", "int64", "bool")
 }
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 # Whether a backward follows, in an operator's key: the forward keeps what it needs, or it computes that again.
 _KEEP, _RECOMPUTE = 1, 2
 
@@ -43,6 +45,12 @@ def operator_key(mixer: Mixer, call: Call, grad: bool) -> str:
     return f"{kept if grad else 0}|{int(call.flags.state)}|{call.flags.checkpoint_every}|{mixer.key}"
 
 
+def constant(function: Function) -> Function:
+    """As ``torch.compiler.assume_constant_result``, which imports the compiler: two seconds before a first call."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def runs_on_reference(mixer: Mixer, call: Call) -> bool:
     """Whether no kernel serves tensors like these; decided from widths, dtype and device alone."""
     if mixer.backend != "auto":
@@ -51,12 +59,9 @@ def runs_on_reference(mixer: Mixer, call: Call) -> bool:
     return not _has_kernel(mixer.key, str(q.dtype), q.device.type, s.K, v.shape[-1], call.flags.checkpoint_every)
 
 
+@constant
 def _has_kernel(key: str, dtype: str, device: str, key_dim: int, value_dim: int, checkpoint_every: int) -> bool:
     return _find_kernel(key, dtype, device, key_dim, value_dim, checkpoint_every)
-
-
-# As ``torch.compiler.assume_constant_result`` does, which imports the compiler: two seconds before a first call.
-_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from mixers.arrays.operators import constant
 from mixers.primitive import Primitive, find
 from mixers.spec import Array
 
 _operators: dict[str, Any] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _serves(*of: Any) -> bool:
     return find(*of) is not None
 
