@@ -6,6 +6,7 @@ S [..., K, V]   state, row i is slot i      k, q [..., K]      u, v [..., V]
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,15 @@ def device_of(array: Array) -> dict[str, Any]:
     return {"device": array.device} if is_torch_array(array) else {}
 
 
-def take_rows(xp: Any, array: Array, index: Array) -> Array:
+def take_along(xp: Any, array: Array, index: Array, axis: int = 1) -> Array:
     """``array[n, index[n, i, …], …]``; torch's ``take_along_dim`` would tie a compiler to the number of rows."""
-    return array.gather(1, index) if is_torch_array(array) else xp.take_along_axis(array, index, axis=1)
+    return array.gather(axis, index) if is_torch_array(array) else xp.take_along_axis(array, index, axis=axis)
+
+
+def joined(xp: Any, parts: Sequence[Array], axis: int) -> Array:
+    """Parts one after another, the empty ones left out: a single one is not copied."""
+    filled = [part for part in parts if part.shape[axis]] or list(parts[:1])
+    return filled[0] if len(filled) == 1 else xp.concat(filled, axis=axis)
 
 
 def like(xp: Any, matrix: np.ndarray, array: Array) -> Array:

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from mixers import ham, reference
-from mixers.algebra import device_of, read, stop, take_rows
+from mixers.algebra import device_of, read, stop, take_along
 from mixers.call import Call
 from mixers.ham import HAMState, sides, spread
 from mixers.mixer import Mixer
@@ -22,7 +22,7 @@ from mixers.problem import Arrays
 from mixers.spec import Array, Options
 
 
-def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str) -> Shapes:
+def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str) -> Shapes:
     v, first = x[2], x[5]
     wide = "float64" if dtype == "float64" else "float32"
     return (tuple(v.shape), dtype), (tuple(first.shape), wide), (tuple(v.shape[:3]), wide)
@@ -236,11 +236,11 @@ class _Rows:
     def packed(self, rows: Array) -> Array:
         """Kept rows of ``[N,M+T,A,E]``, gathered."""
         order = self._order[..., None] if self._order.ndim == 3 else self._order[..., None, None]
-        return take_rows(self._xp, rows, self._wide(order, rows))
+        return take_along(self._xp, rows, self._wide(order, rows))
 
     def packed_plain(self, rows: Array) -> Array:
         """Kept rows of ``[N,M+T]`` or ``[N,M+T,H]``, gathered."""
-        return take_rows(self._xp, rows, self._order)
+        return take_along(self._xp, rows, self._order)
 
     def _wide(self, index: Array, rows: Array) -> Array:
         return self._xp.broadcast_to(index, (*index.shape[:2], *rows.shape[2:]))
@@ -264,7 +264,7 @@ class _Rows:
         place = xp.where(ordinal > 0, place, xp.zeros_like(place))
         index = xp.astype(place, self._order.dtype)
         index = index[..., None] if index.ndim == 3 else index[..., None, None]
-        return self._filled(take_rows(xp, packed, self._wide(index, packed)), old)
+        return self._filled(take_along(xp, packed, self._wide(index, packed)), old)
 
     def cache_plain(self, packed: Array, old: Array) -> Array:
         """The cache that follows, from gathered ``[N,P,A,1]``, as ``[N,M]`` or ``[N,M,H]``."""
