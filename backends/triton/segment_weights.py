@@ -253,7 +253,7 @@ class SegmentWeights:
         dk = torch.empty((rows, tokens, heads, width), dtype=torch.float32, device=u.device)
         dsum = torch.empty((rows, heads, width), dtype=torch.float32, device=u.device)
         pool_back[(rows * heads * call.pieces,)](
-            *call.arrays, down, dnew, dlast.contiguous(), dk, du, dsum, *call.counts, **call.constants()
+            *call.arrays, down, dnew, dlast.contiguous(), dk, du, dsum, *call.counts, **call.constants(back=True)
         )
         dk = dk.unflatten(2, (k.shape[2], -1)).sum(3).to(k.dtype)
         return dk, dpools[:, : before.shape[1]].to(before.dtype), dsum.to(key_sum.dtype), du.to(u.dtype)
@@ -275,16 +275,16 @@ class _Call:
         half = u.element_size() == 2 and not INTERPRETED
         self.wide, self.warps = max(64 if half else 32, block(u.shape[3])), 4 if half else 8
 
-    def constants(self) -> dict[str, Any]:
-        """What ``pool`` is compiled for."""
-        half = self.warps == 4
+    def constants(self, back: bool = False) -> dict[str, Any]:
+        """What ``pool`` and ``pool_back`` are compiled for; the latter spills with blocks of 64 tokens."""
+        half = self.warps == 4 and not back
         return {
             "K": self.u.shape[3],
             "BK": self.wide,
             "BT": 64 if half else 32,
             "MEAN": self.mean,
             "PRECISION": "ieee",
-            "num_warps": self.warps,
+            "num_warps": 4 if half else 8,
             "num_stages": 2 if half else 1,
         }
 
