@@ -67,18 +67,18 @@ def soften(
     E: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows into the running softmax."""
+    """One block of rows into the running softmax; ``scale`` is positive."""
     j, e, c = tl.arange(0, BK), tl.arange(0, BE), tl.arange(0, BV)
     there = position + j < rows
     k += position.to(tl.int64) * k_t
     v += position.to(tl.int64) * v_t
     across = tl.load(k + e[:, None] + (j * k_t)[None, :], mask=(e < E)[:, None] & there[None, :], other=0.0)
-    s = dot(q, across, PRECISION) * scale
+    s = dot(q, across, PRECISION)
     if MASKED:
         at = (position + j)[None, :]
         s = tl.where((at >= low[:, None]) & (at < high[:, None]), s, float("-inf"))
-    higher = tl.maximum(top, tl.max(s, axis=1))
-    p = tl.exp2(s - higher[:, None])
+    higher = tl.maximum(top, tl.max(s, axis=1) * scale)
+    p = tl.exp2(s * scale - higher[:, None])
     shrink = tl.exp2(top - higher)
     values = tl.load(v + (j * v_t)[:, None] + c[None, :], mask=there[:, None] & (c < V)[None, :], other=0.0)
     o = o * shrink[:, None] + dot(p.to(values.dtype), values, PRECISION)
@@ -344,8 +344,9 @@ class PackedAttention:
         )
         backward_rows[(blocks * q.shape[0] * groups * parts,)](
             *call.arrays, call.runs(size["BK"]), lse, dy, delta, dk, dv,
-            q.shape[1], k.shape[1], blocks, groups, parts, scale, **call.constants(size),
+            q.shape[1], k.shape[1], blocks, groups, parts, call.scale, **call.constants(size),
         )  # fmt: skip
+        dq = dq if call.sign > 0 else dq * call.sign
         dk, dv = (d[0] if parts == 1 else d.sum(0).to(q.dtype) for d in (dk, dv))
         return tuple(d[..., : a.shape[3]].contiguous() for d, a in ((dq, q), (dk, k), (dv, v)))
 
@@ -354,9 +355,11 @@ class _Call:
     """The arguments that all kernels share."""
 
     def __init__(self, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float) -> None:
-        self.q, self.k, self.v = (_fitted(a) for a in (q, k, v))
+        # Kernels take positive factors: the largest product is then that of the largest logit.
+        self.sign = (scale > 0) - (scale < 0)
+        self.q, self.k, self.v = (_fitted(a) for a in (q if scale > 0 else q * self.sign, k, v))
         self.low, self.high = (a.to(torch.int32).contiguous() for a in (low, high))
-        self.scale, self.share = scale, q.shape[2] // k.shape[2]
+        self.scale, self.share = abs(scale) or 1.0, q.shape[2] // k.shape[2]
         self.arrays = (*(n for a in (self.q, self.k, self.v) for n in place(a, 0, 1, 2)), self.low, self.high)
 
     def blocks(self, size: dict[str, int]) -> int:
