@@ -77,6 +77,21 @@ def take_along(xp: Any, array: Array, index: Array, axis: int = 1) -> Array:
     return array.gather(axis, index) if is_torch_array(array) else xp.take_along_axis(array, index, axis=axis)
 
 
+def inverse(xp: Any, place: Array, size: int) -> Array:
+    """``order[n, place[n, s, …], …] = s`` for rows of ``size``, of places that are −1 or all different.
+
+    Rows that no place names hold any index.
+    """
+    nowhere = place < 0
+    source = xp.arange(place.shape[1], **device_of(place))
+    if is_torch_array(place):
+        where = place.masked_fill(nowhere, size).long()
+        source = source.reshape(1, -1, *(1,) * (place.ndim - 2)).expand(place.shape)
+        found: Array = source.new_zeros((place.shape[0], size + 1, *place.shape[2:])).scatter(1, where, source)
+        return found[:, :size]
+    return xp.argsort(xp.where(nowhere, xp.full_like(place, size), place), axis=1, stable=True)[:, :size]
+
+
 def joined(xp: Any, parts: Sequence[Array], axis: int) -> Array:
     """Parts one after another, the empty ones left out: a single one is not copied."""
     filled = [part for part in parts if part.shape[axis]] or list(parts[:1])
