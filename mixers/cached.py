@@ -15,13 +15,14 @@ import numpy as np
 from mixers import reference
 from mixers.algebra import joined, like
 from mixers.call import Call
+from mixers.chosen_reads import chosen_reads, spread_out
 from mixers.ham import spread
 from mixers.memory_caching import boundaries
 from mixers.mixer import Mixer
 from mixers.problem import Arrays
 from mixers.segment_weights import Cuts, pools, segment_weights
 from mixers.spec import Array, Memory, MixerSpec, Options, Sizes
-from mixers.state_reads import spread_out, state_reads
+from mixers.state_reads import state_reads
 
 State = tuple[Array, ...]
 
@@ -132,7 +133,7 @@ class _Rows:
                 self.library, self.part.backend, self.inputs["k"], old, self.key_sum, self.asked, cuts,
                 options["pool"], top,
             )  # fmt: skip
-            y = self._weighted(y, kept, weights if index is None else spread_out(xp, weights, index, count), cuts)
+            y = self._weighted(y, kept, weights, index, cuts)
         room = self.pooled.shape[1]
         caches = (
             self._filled(before, after, room)
@@ -237,11 +238,16 @@ class _Rows:
 
     # Reads.
 
-    def _weighted(self, y: Array, kept: State, weights: Array, cuts: Cuts) -> Array:
-        """The outputs, given those of the base alone and what each token reads of every memory."""
+    def _weighted(self, y: Array, kept: State, weights: Array, index: Array | None, cuts: Cuts) -> Array:
+        """The outputs, given those of the base alone and what each token reads of every memory, or of those chosen."""
+        library, backend = self.library, self.part.backend
         if self.memory.query is not None:
             q = self.memory.query(self.xp, self.part.options, self.inputs["q"])
-            return state_reads(self.library, self.part.backend, y, q, kept[0], weights, cuts)
+            if index is None:
+                return state_reads(library, backend, y, q, kept[0], weights, cuts)
+            return chosen_reads(library, backend, y, q, kept[0], weights, index, cuts)
+        if index is not None:
+            weights = spread_out(self.xp, weights, index, kept[0].shape[1])
         shares = self.xp.permute_dims(weights, (2, 0, 3, 1))[..., None]  # [S+1,N,T,H,1]
         return self._one_by_one(self.library.cast(y, self.wide) * shares[-1], kept, shares, cuts)
 

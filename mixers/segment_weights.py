@@ -71,6 +71,11 @@ class Cuts:
             return (at + self.before) // self.segment + self.finished
         return sum((xp.astype(at >= end, xp.int32) for end in self.ends), xp.zeros_like(at) + self.finished)
 
+    def first(self, xp: Any, beside: Array) -> Array:
+        """The first token that sees each finished segment, int32 ``[S]``."""
+        before = xp.zeros((self.finished,), dtype=xp.int32, **device_of(beside))
+        return xp.concat([before, self.bounds(xp, beside)[1:-1]])
+
     def passed(self, xp: Any, beside: Array) -> Array:
         """Tokens of its segment up to and with each token, int32 ``[T]``."""
         at = xp.arange(self.tokens, dtype=xp.int32, **device_of(beside)) + self.before

@@ -9,7 +9,6 @@ What a token does not see has a weight of 0.
 
 from typing import Any
 
-from mixers.algebra import device_of
 from mixers.primitive import Primitive, Shapes, run
 from mixers.segment_weights import Cuts
 from mixers.spec import Array
@@ -53,13 +52,3 @@ def by_arrays(library: Any, y: Array, q: Array, kept: Array, weights: Array, cut
             part = part + xp.matmul(spread, below[:, :, : sees * width])
         parts.append(part)
     return library.cast(xp.permute_dims(xp.concat(parts, axis=2), (0, 2, 1, 3)), library.dtype(y))
-
-
-def spread_out(xp: Any, weights: Array, index: Array, count: int) -> Array:
-    """Weights ``[N,H,S+1,T]`` of all ``count`` states from those of the chosen ones; see ``mixers.segment_weights``."""
-    row = xp.arange(count, dtype=index.dtype, **device_of(index))[:, None]
-    parts = (
-        xp.where(index[:, :, j, None] == row, weights[:, :, j, None], xp.zeros_like(weights[:, :, j, None]))
-        for j in range(index.shape[2])
-    )
-    return xp.concat([sum(parts), weights[:, :, -1:]], axis=2)
