@@ -385,6 +385,7 @@ def _specialised(key: str) -> MixerSpec:
         reserve=_reserve(options),
         learned=base.learned,
         kept=lambda options: (),
+        picks=_picks,
         specialise=specialise,
         chunk=lambda options: base.chunk(base_options),
         timed=_timed if options["segment"] == "log" else None,
@@ -414,6 +415,10 @@ def _flops(sizes: Sizes, options: Options) -> float:
     if options["aggregate"] == "sparse":
         segments = min(segments, options["top_k"])
     return base.flops(sizes, base_options) + 2.0 * sizes.K * sizes.V * segments
+
+
+def _picks(options: Options) -> bool:
+    return bool(options["aggregate"] == "sparse")
 
 
 def _is_segment(value: Any) -> bool:

@@ -237,6 +237,8 @@ class MixerSpec:
             function ``f(xp, array)`` that turns any real array into a valid one.
         memory: how its states are read by later queries; None where a state is no memory of matrices.
         results: what a step returns behind ``y``, by name; the step then returns ``(y, *results)`` for it.
+        picks: whether, under given options, the largest of some numbers are read and the others are not: among equal ones
+            rounding decides.
         specialise: the specification under given options, where inputs or state depend on them.
         chunk: tokens that share a base point: the length of the axis ``C``.
         timed: inputs that follow from the length of a sequence, ``f(xp, tokens, like)``, ``[1, T, ...]`` each.
@@ -270,6 +272,7 @@ class MixerSpec:
     learned: tuple[Callable[[Any, Array], Array], ...] = ()
     memory: Memory | None = None
     results: tuple[str, ...] = ()
+    picks: Callable[[Options], bool] = lambda options: False
     specialise: "Callable[[Options], MixerSpec] | None" = None
     chunk: Callable[[Options], int] = lambda options: int(options.get("chunk_size", 1))
     timed: Callable[[Any, int, Array], dict[str, Array]] | None = None

@@ -149,10 +149,10 @@ def cuts(case: Case) -> Verdict:
     at = int(generator(setting.seed, "cut").integers(0, tokens + 1))
     first = {n: a[:, :at] if n in timed else a for n, a in x.items()}
     state = case.evaluate(first, None)[0]
-    carried = {n.replace("final.", "initial."): a for n, a in state.items() if n != "y"}
+    carried = {n.replace("final.", "initial."): a for n, a in state.items() if n.startswith("final.")}
     second = {n: a[:, at:] if n in timed else a for n, a in x.items() if not n.startswith("initial.")} | carried
     end, back = case.evaluate(second, dout | {"y": dout["y"][:, at:]})
-    outputs = end | {"y": np.concatenate([state["y"], end["y"]], axis=1)}
+    outputs = end | {n: np.concatenate([state[n], end[n]], axis=1) for n in ("y", *setting.spec.results)}
     verdict = agree(case, outputs, whole)
     if not back:
         return verdict
@@ -175,9 +175,10 @@ def steps(case: Case) -> Verdict:
     for t in range(setting.sizes().T):
         token = {n: a[:, t : t + 1] if n in timed else a for n, a in x.items() if not n.startswith("initial.")}
         out = case.evaluate(token | state, None, step=True)[0]
-        outputs.append(out.pop("y"))
-        state = {n.replace("final.", "initial."): a for n, a in out.items()}
-    got = {n.replace("initial.", "final."): a for n, a in state.items()} | {"y": np.concatenate(outputs, axis=1)}
+        outputs.append(out)
+        state = {n.replace("final.", "initial."): a for n, a in out.items() if n.startswith("final.")}
+    got = {n.replace("initial.", "final."): a for n, a in state.items()}
+    got |= {n: np.concatenate([out[n] for out in outputs], axis=1) for n in ("y", *setting.spec.results)}
     return agree(case, got, whole)
 
 
@@ -198,7 +199,7 @@ def packs(case: Case) -> Verdict:
             """What belongs to this sequence."""
             if name.startswith("checkpoint."):
                 return a[:, rows]  # noqa: B023
-            return a[:, first:last] if name == "y" else a[n : n + 1]  # noqa: B023
+            return a[:, first:last] if name in ("y", *setting.spec.results) else a[n : n + 1]  # noqa: B023
 
         case_alone = dataclasses.replace(case, setting=alone)
         shapes = case_alone.evaluate(piece, None)[0]
