@@ -98,6 +98,11 @@ def joined(xp: Any, parts: Sequence[Array], axis: int) -> Array:
     return filled[0] if len(filled) == 1 else xp.concat(filled, axis=axis)
 
 
+def more_rows(xp: Any, a: Array, rows: int) -> Array:
+    """Zeros behind axis 1."""
+    return joined(xp, [a, xp.zeros((a.shape[0], rows, *a.shape[2:]), dtype=a.dtype, **device_of(a))], axis=1)
+
+
 def like(xp: Any, matrix: np.ndarray, array: Array) -> Array:
     """A NumPy matrix as an array of another's library, dtype and device."""
     return xp.asarray(np.array(matrix), dtype=array.dtype, **device_of(array))  # a copy: torch wants no read-only view

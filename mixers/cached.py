@@ -241,11 +241,11 @@ class _Rows:
     def _weighted(self, y: Array, kept: State, weights: Array, index: Array | None, cuts: Cuts) -> Array:
         """The outputs, given those of the base alone and what each token reads of every memory, or of those chosen."""
         library, backend = self.library, self.part.backend
-        if self.memory.query is not None:
-            q = self.memory.query(self.xp, self.part.options, self.inputs["q"])
+        if self.memory.linear:
+            q, scale = self._query()
             if index is None:
-                return state_reads(library, backend, y, q, kept[0], weights, cuts)
-            return chosen_reads(library, backend, y, q, kept[0], weights, index, cuts)
+                return state_reads(library, backend, y, q, kept[0], weights, cuts, scale)
+            return chosen_reads(library, backend, y, q, kept[0], weights, index, cuts, scale)
         if index is not None:
             weights = spread_out(self.xp, weights, index, kept[0].shape[1])
         shares = self.xp.permute_dims(weights, (2, 0, 3, 1))[..., None]  # [S+1,N,T,H,1]
@@ -254,9 +254,10 @@ class _Rows:
     def _residual(self, y: Array, kept: State, cuts: Cuts) -> Array:
         """The same where everything is read in full."""
         xp, y = self.xp, self.library.cast(y, self.wide)
-        if self.memory.query is None or not kept[0].shape[1]:
+        if not self.memory.linear or not kept[0].shape[1]:
             return self._one_by_one(y, kept, None, cuts)
-        q = self.memory.query(xp, self.part.options, self._spread("q"))
+        q, scale = self._query()
+        q = spread(xp, self.library.cast(q, self.wide), self.heads)
         rows, _, heads, width = q.shape
         sums, at, reads = xp.cumulative_sum(kept[0], axis=1), cuts.finished, []
         sums = xp.concat([xp.zeros_like(sums[:, :1]), sums], axis=1)
@@ -266,7 +267,16 @@ class _Rows:
             read = xp.permute_dims(xp.matmul(piece, sums[:, at : at + count]), (0, 1, 3, 2, 4))
             reads.append(xp.reshape(read, y[:, first:last].shape))
             at += count
-        return y + joined(xp, reads, axis=1)
+        return y + scale * joined(xp, reads, axis=1)
+
+    def _query(self) -> tuple[Array, float]:
+        """What rows of memories are weighted with, in the dtype of q, and the factor on what that gives."""
+        q, options = self.inputs["q"], self.part.options
+        assert self.memory.query is not None
+        asked = self.memory.query(self.xp, options, q)
+        if asked is not q:  # it was computed with
+            asked = self.library.cast(self.memory.query(self.xp, options, self.library.cast(q, self.wide)), self.dtype)
+        return asked, self.memory.scale(options, q.shape[3])
 
     def _one_by_one(self, y: Array, kept: State, shares: Array | None, cuts: Cuts) -> Array:
         """Memories whose read is not linear, one after another, by the tokens that see them."""

@@ -1,6 +1,6 @@
 """Reading a few states of many, each token its own.
 
-    out_t = w_t,own y_t + Σ_r w_tr C_{i_tr}ᵀ q_t
+    out_t = w_t,own y_t + scale Σ_r w_tr C_{i_tr}ᵀ q_t
 
     y, out [N,T,H,V]   q [N,T,G,K]   C [N,S,H,K,V]   w [N,H,R+1,T], own last   index i [N,H,R,T], −1 for none
 """
@@ -19,18 +19,18 @@ def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str
 
 
 PRIMITIVE = Primitive("chosen_reads", ("y", "q", "kept", "weights"), ("index", "first"), ("out",), _shapes, ("out",))
-"""``first`` is the first token that sees each state; ``widths`` are those of q and of a state's rows."""
+"""``first`` is the first token that sees each state, ``factor`` the scale; widths are those of q and of a state's rows."""
 
 
 def chosen_reads(
-    library: Any, backend: str, y: Array, q: Array, kept: Array, weights: Array, index: Array, cuts: Cuts
+    library: Any, backend: str, y: Array, q: Array, kept: Array, weights: Array, index: Array, cuts: Cuts, scale: float
 ) -> Array:
     """``out`` by a backend's kernel where one serves these arrays, elsewhere as a read of all states."""
     xp = library.namespace
-    found = run(library, PRIMITIVE, backend, (y, q, kept, weights), (index, cuts.first(xp, q)))
+    found = run(library, PRIMITIVE, backend, (y, q, kept, weights), (index, cuts.first(xp, q)), scale)
     if found is not None:
         return found[0]
-    return state_reads(library, backend, y, q, kept, spread_out(xp, weights, index, kept.shape[1]), cuts)
+    return state_reads(library, backend, y, q, kept, spread_out(xp, weights, index, kept.shape[1]), cuts, scale)
 
 
 def spread_out(xp: Any, weights: Array, index: Array, count: int) -> Array:

@@ -193,14 +193,17 @@ class Memory:
         fields: its arrays, in order, one sequence's worth a row ``N``.
         of: ``of(xp, options, token, state)``: the memory of a state; ``token`` holds the parameters.
         recall: ``recall(xp, options, token, memory) -> y``: the mixer's own read of it, any axes before the heads.
-        query: ``query(xp, options, q)``: what the rows of a matrix are weighted with, where the read is ``Sᵀ query``
-            and so linear in the memory: a read of a mixture is the mixture of the reads. None where it is not.
+        query: ``query(xp, options, q)``: what the rows of a matrix are weighted with, where the read is
+            ``scale · Sᵀ query`` and so linear in the memory: a read of a mixture is the mixture of the reads. None where
+            it is not.
+        scale: ``scale(options, key_dim)``.
     """
 
     fields: tuple[Field, ...]
     of: Callable[[Any, Options, Mapping[str, Array], tuple[Array, ...]], tuple[Array, ...]]
     recall: Callable[[Any, Options, Mapping[str, Array], tuple[Array, ...]], Array]
     query: Callable[[Any, Options, Array], Array] | None = None
+    scale: Callable[[Options, int], float] = lambda options, key_dim: 1.0
 
     @property
     def linear(self) -> bool:

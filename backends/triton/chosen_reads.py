@@ -1,6 +1,6 @@
 """Reading a few states of many, each token its own; see ``mixers.chosen_reads``.
 
-    out_t = w_t,own y_t + Σ_r w_tr C_{i_tr}ᵀ q_t
+    out_t = w_t,own y_t + Σ_r w_tr C_{i_tr}ᵀ q_t                here with the scale in w
     M_tr = C_i dout_t      dq_t = Σ_r w_tr M_tr      dw_tr = ⟨q_t, M_tr⟩      dC_i = Σ q_t (w_tr dout_t)ᵀ over who chose i
 
     y, out [N,T,H,V]   q [N,T,G,K]   C [N,S,H,K,V]   w [N,H,R+1,T] float32, own last   index i [N,H,R,T], −1 for none
@@ -59,7 +59,7 @@ def chosen(x, x_t, t, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "states"])
 def read(
     x, x_b, x_t, x_h, group, kept, weights, lists, starts, counts, q, q_b, q_t, q_h, q_group, dweights, rows,
-    tokens, states, heads,
+    tokens, states, heads, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
     PARTS: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,8 +90,8 @@ def read(
         found = dot(chosen(x, x_t, t, there, V if BACK else K, BV if BACK else BK), state, PRECISION)
         if BACK:
             query = chosen(q, q_t, t, there, K, BK)
-            tl.store(dweights + choice, tl.sum(query.to(tl.float32) * found, axis=1), mask=there)
-        found *= tl.load(weights + choice, mask=there, other=0.0)[:, None]
+            tl.store(dweights + choice, scale * tl.sum(query.to(tl.float32) * found, axis=1), mask=there)
+        found *= scale * tl.load(weights + choice, mask=there, other=0.0)[:, None]
         where = (((n * tokens + t) * heads + head) * R + slot) * width
         o = tl.arange(0, BK if BACK else BV)[None, :]
         tl.store(rows + where[:, None] + o, found.to(rows.dtype.element_ty), mask=there[:, None] & (o < width))
@@ -122,7 +122,7 @@ def add(
 
 @triton.jit(do_not_specialize=["tokens", "states"])
 def gather_states(
-    q, q_b, q_t, q_h, group, weights, lists, starts, counts, dout, dkept, tokens, states, heads,
+    q, q_b, q_t, q_h, group, weights, lists, starts, counts, dout, dkept, tokens, states, heads, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def gather_states(
         choice = tl.load(lists + step + tl.arange(0, BT), mask=there, other=0)
         t = choice % tokens
         arriving = chosen(dout, heads * V, t, there, V, BV)
-        weight = tl.load(weights + choice, mask=there, other=0.0)
+        weight = scale * tl.load(weights + choice, mask=there, other=0.0)
         shared = (weight[:, None] * arriving.to(tl.float32)).to(arriving.dtype)
         acc += dot(tl.trans(chosen(q, q_t, t, there, K, BK)).to(arriving.dtype), shared, PRECISION)
     c, e = tl.arange(0, BK)[:, None], tl.arange(0, BV)[None, :]
@@ -160,7 +160,7 @@ class ChosenReads:
 
     def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str) -> tuple[Array, ...]:
         """The outputs."""
-        call, y = _Call(x, fixed), dense(x[0])
+        call, y = _Call(x, fixed, factor), dense(x[0])
         out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         if out.numel():
             call.add(call.read(call.q, None), y, out)
@@ -176,7 +176,7 @@ class ChosenReads:
         dout: tuple[Array, ...],
     ) -> tuple[Array, ...]:
         """Gradients of y, q, the states and the weights."""
-        call, (y, q, kept, weights), d = _Call(x, fixed), x, dout[0].contiguous()
+        call, (y, q, kept, weights), d = _Call(x, fixed, factor), x, dout[0].contiguous()
         own = call.weights[:, :, -1].transpose(1, 2)[..., None]
         dweights, dy = torch.zeros_like(call.weights), (own * d).to(y.dtype)
         dweights[:, :, -1] = (d.float() * y).sum(-1).transpose(1, 2)
@@ -195,13 +195,13 @@ class ChosenReads:
 class _Call:
     """The arguments that all kernels share, and the lists of choices."""
 
-    def __init__(self, x: tuple[Array, ...], fixed: tuple[Array, ...]) -> None:
+    def __init__(self, x: tuple[Array, ...], fixed: tuple[Array, ...], scale: float) -> None:
         y, q, kept, weights = x
         self.q, self.weights, self.kept = dense(q), weights.float().contiguous(), kept.to(q.dtype).contiguous()
         self.index, first = (a.to(torch.int32).contiguous() for a in fixed)
         rows, states, heads = kept.shape[:3]
         tokens, self.slots, self.share = y.shape[1], self.index.shape[2], heads // q.shape[2]
-        self.lengths, self.widths = (tokens, states, heads), (q.shape[3], y.shape[3])
+        self.lengths, self.widths = (tokens, states, heads, scale), (q.shape[3], y.shape[3])
         self.counts = torch.empty((rows * heads, states), dtype=torch.int32, device=q.device)
         lists = torch.empty((rows * heads, self.slots * tokens), dtype=torch.int32, device=q.device)
         starts = self.counts
@@ -215,7 +215,7 @@ class _Call:
 
     def read(self, x: Array, dweights: Array | None) -> Array:
         """A row ``[N,T,H,R,·]`` a choice: of queries, or back of gradients of outputs."""
-        tokens, _, heads = self.lengths
+        tokens, _, heads, _ = self.lengths
         back = dweights is not None
         width = self.widths[0 if back else 1]
         rows = torch.empty((x.shape[0], tokens, heads, self.slots, width), dtype=self.q.dtype, device=x.device)
@@ -228,7 +228,7 @@ class _Call:
 
     def add(self, rows: Array, y: Array | None, out: Array) -> None:
         """Sums of rows."""
-        tokens, _, heads = self.lengths
+        tokens, _, heads, _ = self.lengths
         size, width = 32, out.shape[3]
         add[(out.shape[0] * heads * triton.cdiv(tokens, size),)](
             rows, self.index, *place(y, 0, 1, 2), self.weights, out, tokens, heads,

@@ -82,9 +82,9 @@ def scored(pools, query, i, count, step, sees, K: tl.constexpr, BK: tl.constexpr
 def weigh(
     u, u_b, u_t, u_h, pools, own, seen, weights, index, tokens, count, heads, blocks,
     K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, TOP: tl.constexpr, SLOTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The weights of a block of tokens of one head."""
+    """The weights of a block of tokens of one head; ONE block holds all pools."""
     pid = tl.program_id(0)
     head = pid % heads
     n, at = (pid // (heads * blocks)).to(tl.int64), pid // heads % blocks * BT
@@ -99,18 +99,20 @@ def weigh(
     mine = tl.load(own + (n * heads + head) * tokens + t, mask=inside, other=0.0)
     pools += (n * count * heads + head) * K
     most, step = tl.max(sees), heads * K
+    if ONE:
+        only = scored(pools, query, 0, count, step, sees, K, BK, BS, PRECISION)
     if TOP == 0:
         weights += (n * heads + head) * (count + 1) * tokens
         top, total = mine, tl.full([BT], 1.0, tl.float32)
         for i in range(0, most, BS):
-            a = scored(pools, query, i, count, step, sees, K, BK, BS, PRECISION)
+            a = only if ONE else scored(pools, query, i, count, step, sees, K, BK, BS, PRECISION)
             higher = tl.maximum(top, tl.max(a, axis=0))
             total = total * tl.exp2((top - higher) * LOG2E) + tl.sum(tl.exp2((a - higher[None, :]) * LOG2E), axis=0)
             top = higher
         for i in range(0, count, BS):
             w = tl.zeros([BS, BT], tl.float32)
             if i < most:
-                a = scored(pools, query, i, count, step, sees, K, BK, BS, PRECISION)
+                a = only if ONE else scored(pools, query, i, count, step, sees, K, BK, BS, PRECISION)
                 w = tl.exp2((a - top[None, :]) * LOG2E) / total[None, :]
             where = (i + s[:, None]).to(tl.int64) * tokens + t[None, :]
             tl.store(weights + where, w, mask=(i + s < count)[:, None] & inside[None, :])
@@ -123,7 +125,7 @@ def weigh(
         for j in tl.static_range(TOP):
             best, where = tl.full([BT], float("-inf"), tl.float32), tl.full([BT], -1, tl.int32)
             for i in range(0, most, BS):
-                a = scored(pools, query, i, count, step, sees, K, BK, BS, PRECISION)
+                a = only if ONE else scored(pools, query, i, count, step, sees, K, BK, BS, PRECISION)
                 row = i + s[:, None]
                 left = (a < value[None, :]) | ((a == value[None, :]) & (row > place[None, :]))
                 a = tl.where(left, a, float("-inf"))
@@ -223,7 +225,7 @@ class SegmentWeights:
         weigh[(rows * heads * blocks,)](
             *place(call.u, 0, 1, 2), pools, own, call.seen, weights, index, tokens, count, heads, blocks,
             K=width, BK=call.wide, BS=size, BT=size, TOP=call.top, SLOTS=triton.next_power_of_2(max(call.top, 1)),
-            PRECISION="ieee", num_warps=call.warps, num_stages=1,
+            ONE=count <= size, PRECISION="ieee", num_warps=call.warps, num_stages=1,
         )  # fmt: skip
         return weights, index, pooled, last
 

@@ -1,6 +1,6 @@
 """Reading many states at once, each token with its own weights; see ``mixers.state_reads``.
 
-    out_t = w_t,own y_t + Σ_{i < seen_t} w_ti C_iᵀ q_t
+    out_t = w_t,own y_t + Σ_{i < seen_t} w_ti C_iᵀ q_t          here with the scale in w
     M_ti = C_i dout_t      dq_t = Σ_i w_ti M_ti      dw_ti = ⟨q_t, M_ti⟩      dw_t,own = ⟨dout_t, y_t⟩
     dC_i = Σ_t q_t (w_ti dout_t)ᵀ      dy_t = w_t,own dout_t
 
@@ -27,7 +27,7 @@ WIDEST = 128
 
 @triton.jit(do_not_specialize=["tokens", "states", "blocks"])
 def forward(
-    y, y_b, y_t, y_h, q, q_b, q_t, q_h, kept, weights, seen, out, tokens, states, heads, group, blocks,
+    y, y_b, y_t, y_h, q, q_b, q_t, q_h, kept, weights, seen, out, tokens, states, heads, group, scale, blocks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of outputs of one head; the last blocks, which see most, first."""
@@ -54,7 +54,7 @@ def forward(
     matrix = (c < K)[:, None] & (e < V)[None, :]
     for i in range(tl.max(sees)):
         state = tl.load(kept + tl.cast(i, tl.int64) * heads * K * V, mask=matrix, other=0.0)
-        weight = tl.load(weights + tl.cast(i, tl.int64) * tokens + t, mask=i < sees, other=0.0)
+        weight = scale * tl.load(weights + tl.cast(i, tl.int64) * tokens + t, mask=i < sees, other=0.0)
         acc += weight[:, None] * dot(query, state, PRECISION)
     base = ((n * tokens + at) * heads + head) * V
     tl.store(out + base + ((t - at) * heads * V)[:, None] + e[None, :], acc.to(out.dtype.element_ty), mask=values)
@@ -63,7 +63,7 @@ def forward(
 @triton.jit(do_not_specialize=["tokens", "states", "blocks"])
 def backward_tokens(
     y, y_b, y_t, y_h, q, q_b, q_t, q_h, kept, weights, seen, dout, dy, dq, dweights,
-    tokens, states, heads, group, blocks,
+    tokens, states, heads, group, scale, blocks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of online outputs, queries and weights of one head."""
@@ -97,9 +97,9 @@ def backward_tokens(
     acc = tl.zeros([BT, BK], tl.float32)
     for i in range(tl.max(sees)):
         across = tl.load(kept + tl.cast(i, tl.int64) * heads * K * V, mask=matrix, other=0.0)
-        weight = tl.load(weights + tl.cast(i, tl.int64) * tokens + t, mask=i < sees, other=0.0)
+        weight = scale * tl.load(weights + tl.cast(i, tl.int64) * tokens + t, mask=i < sees, other=0.0)
         met = dot(arriving, across, PRECISION)
-        tl.store(dweights + tl.cast(i, tl.int64) * tokens + t, tl.sum(query * met, axis=1), mask=i < sees)
+        tl.store(dweights + tl.cast(i, tl.int64) * tokens + t, scale * tl.sum(query * met, axis=1), mask=i < sees)
         acc += weight[:, None] * met
     base = ((n * tokens + at) * heads + head) * K
     tl.store(dq + base + ((t - at) * heads * K)[:, None] + c[None, :], acc.to(dq.dtype.element_ty), mask=keys)
@@ -107,7 +107,7 @@ def backward_tokens(
 
 @triton.jit(do_not_specialize=["tokens", "states"])
 def backward_states(
-    q, q_b, q_t, q_h, weights, seen, first, dout, dkept, tokens, states, heads, group,
+    q, q_b, q_t, q_h, weights, seen, first, dout, dkept, tokens, states, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one state of one head, from all tokens that see it; the most seen first."""
@@ -129,7 +129,7 @@ def backward_states(
             mask=inside[None, :] & (c < K)[:, None],
             other=0.0,
         ).to(dout.dtype.element_ty)
-        weight = tl.load(weights + t, mask=inside, other=0.0)
+        weight = scale * tl.load(weights + t, mask=inside, other=0.0)
         arriving = tl.load(
             dout + tl.cast(at, tl.int64) * heads * V + ((t - at) * heads * V)[:, None] + e[None, :],
             mask=inside[:, None] & (e < V)[None, :],
@@ -152,7 +152,7 @@ class StateReads:
 
     def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str) -> tuple[Array, ...]:
         """The outputs."""
-        call = _Call(*x, *fixed)
+        call = _Call(*x, *fixed, factor)
         out = torch.empty(call.y.shape, dtype=call.y.dtype, device=call.y.device)
         size = call.sizes("forward")
         blocks = triton.cdiv(call.tokens, size["BT"])
@@ -171,8 +171,8 @@ class StateReads:
         dout: tuple[Array, ...],
     ) -> tuple[Array, ...]:
         """Gradients of y, q, the states and the weights."""
-        call, (y, q, kept, weights), d = _Call(*x, *fixed), x, dout[0].contiguous()
-        heads, group = call.counts[2:]
+        call, (y, q, kept, weights), d = _Call(*x, *fixed, factor), x, dout[0].contiguous()
+        _, _, heads, group, _ = call.counts
         dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         wide = q.dtype if group == 1 else torch.float32
         dq = torch.empty((*q.shape[:2], heads, q.shape[3]), dtype=wide, device=q.device)
@@ -200,12 +200,12 @@ class StateReads:
 class _Call:
     """The arguments that all kernels share."""
 
-    def __init__(self, y: Array, q: Array, kept: Array, weights: Array, seen: Array) -> None:
+    def __init__(self, y: Array, q: Array, kept: Array, weights: Array, seen: Array, scale: float) -> None:
         self.y, q, self.seen = dense(y), dense(q), seen.to(torch.int32).contiguous()
         self.weights, self.kept = weights.float().contiguous(), kept.to(q.dtype).contiguous()
         self.arrays = (*place(self.y, 0, 1, 2), *place(q, 0, 1, 2))
         heads, self.tokens, self.rows = y.shape[2], y.shape[1], y.shape[0] * y.shape[2]
-        self.counts = self.tokens, kept.shape[1], heads, heads // q.shape[2]
+        self.counts = self.tokens, kept.shape[1], heads, heads // q.shape[2], scale
         self.widths = {"K": q.shape[3], "V": y.shape[3]}
         self._half = q.element_size() == 2
 
