@@ -13,11 +13,13 @@ more in part. Weights are computed again in the backward, ``dq`` by blocks of qu
 ``dv`` by blocks of rows: every number is written once, by one program.
 """
 
+import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixers.spec import Array
 
@@ -63,16 +65,18 @@ def seen_by(bounds, n, t0, r, tokens, bound_heads, g, m, inside, other):
 
 @triton.jit
 def soften(
-    q, k, v, k_t, v_t, position, rows, low, high, scale, o, top, total,
+    q, k, v, k_t, v_t, n, g, position, rows, low, high, scale, o, top, total,
     E: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of rows into the running softmax; ``scale`` is positive."""
     j, e, c = tl.arange(0, BK), tl.arange(0, BE), tl.arange(0, BV)
     there = position + j < rows
-    k += position.to(tl.int64) * k_t
-    v += position.to(tl.int64) * v_t
-    across = tl.load(k + e[:, None] + (j * k_t)[None, :], mask=(e < E)[:, None] & there[None, :], other=0.0)
+    if DESCRIBED:
+        across = tl.trans(k.load([n, position, g * E]).reshape([BK, BE]))
+    else:
+        k += position.to(tl.int64) * k_t
+        across = tl.load(k + e[:, None] + (j * k_t)[None, :], mask=(e < E)[:, None] & there[None, :], other=0.0)
     s = dot(q, across, PRECISION)
     if MASKED:
         at = (position + j)[None, :]
@@ -80,8 +84,12 @@ def soften(
     higher = tl.maximum(top, tl.max(s, axis=1) * scale)
     p = tl.exp2(s * scale - higher[:, None])
     shrink = tl.exp2(top - higher)
-    values = tl.load(v + (j * v_t)[:, None] + c[None, :], mask=there[:, None] & (c < V)[None, :], other=0.0)
-    o = o * shrink[:, None] + dot(p.to(values.dtype), values, PRECISION)
+    if DESCRIBED:
+        values = v.load([n, position, g * V]).reshape([BK, BV])
+    else:
+        v += position.to(tl.int64) * v_t
+        values = tl.load(v + (j * v_t)[:, None] + c[None, :], mask=there[:, None] & (c < V)[None, :], other=0.0)
+    o = tl.dot(p.to(values.dtype), values, o * shrink[:, None], input_precision=PRECISION)
     return o, higher, total * shrink + tl.sum(p, axis=1)
 
 
@@ -90,7 +98,7 @@ def forward(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, low, high, y, lse,
     tokens, rows, blocks, groups, scale,
     M: tl.constexpr, BOUND_HEADS: tl.constexpr, E: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The output of a block of queries; the last blocks, which see most, first."""
     pid = tl.program_id(0)
@@ -106,21 +114,22 @@ def forward(
     before, within, behind = pieces(first, inner, outer, last, BK)
 
     queries = rows_of(q, n, t0, r, q_b, q_t, q_h, g, M, inside, e, E)
-    k += n.to(tl.int64) * k_b + g * k_h
-    v += n.to(tl.int64) * v_b + g * v_h
+    if not DESCRIBED:
+        k += n.to(tl.int64) * k_b + g * k_h
+        v += n.to(tl.int64) * v_b + g * v_h
     o, total = tl.zeros([BQ, BV], tl.float32), tl.zeros([BQ], tl.float32)
     top = tl.full([BQ], LOWEST, tl.float32)
     for i in range(within):
         position = first + (before + i) * BK
         o, top, total = soften(
-            queries, k, v, k_t, v_t, position, rows, lows, highs, scale * LOG2E, o, top, total,
-            E, V, BE, BV, BK, False, PRECISION,
+            queries, k, v, k_t, v_t, n, g, position, rows, lows, highs, scale * LOG2E, o, top, total,
+            E, V, BE, BV, BK, False, DESCRIBED, PRECISION,
         )  # fmt: skip
     for i in range(before + behind):
         position = first + tl.where(i < before, i, within + i) * BK
         o, top, total = soften(
-            queries, k, v, k_t, v_t, position, rows, lows, highs, scale * LOG2E, o, top, total,
-            E, V, BE, BV, BK, True, PRECISION,
+            queries, k, v, k_t, v_t, n, g, position, rows, lows, highs, scale * LOG2E, o, top, total,
+            E, V, BE, BV, BK, True, DESCRIBED, PRECISION,
         )  # fmt: skip
 
     seen = total > 0
@@ -307,11 +316,15 @@ class PackedAttention:
         (q, k, v), (low, high) = x, fixed
         y = torch.empty((*q.shape[:3], _fitting(v)), dtype=v.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        if not q.numel():
-            return y[..., : v.shape[3]].contiguous(), lse
+        if not q.numel() or not k.numel():
+            return torch.zeros((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=q.device), lse.fill_(-math.inf)
         call = _Call(q, k, v, low, high, scale)
         size = _sizes(call.q, call.v, "forward")
-        forward[call.grid(size)](*call.arrays, y, lse, *call.counts(size), **call.constants(size))
+        described = not INTERPRETED and q.element_size() == 2
+        forward[call.grid(size)](
+            *(call.described(size["BK"]) if described else call.arrays), y, lse, *call.counts(size),
+            **call.constants(size), DESCRIBED=described,
+        )  # fmt: skip
         return y[..., : v.shape[3]].contiguous(), lse
 
     def backward(
@@ -361,6 +374,15 @@ class _Call:
         self.low, self.high = (a.to(torch.int32).contiguous() for a in (low, high))
         self.scale, self.share = abs(scale) or 1.0, q.shape[2] // k.shape[2]
         self.arrays = (*(n for a in (self.q, self.k, self.v) for n in place(a, 0, 1, 2)), self.low, self.high)
+
+    def described(self, block: int) -> tuple[Any, ...]:
+        """``arrays`` with descriptors of keys and values in their places, for Hopper's copies of whole blocks."""
+
+        def of(a: Array) -> tuple[Any, ...]:
+            flat = a.flatten(2)
+            return TensorDescriptor(flat, flat.shape, flat.stride(), [1, block, a.shape[3]]), 0, 0, 0
+
+        return (*place(self.q, 0, 1, 2), *of(self.k), *of(self.v), self.low, self.high)
 
     def blocks(self, size: dict[str, int]) -> int:
         """Blocks of queries of a row of the batch and a head of keys."""
