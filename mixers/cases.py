@@ -390,7 +390,7 @@ def draw(setting: Setting, dtype: str) -> Named:
 
 
 def seeds(setting: Setting, dtype: str, x: Mapping[str, np.ndarray]) -> Named:
-    """Gradients of the outputs of a call that ``draw`` made, by name; those of caches are as long as these may become."""
+    """Gradients of the outputs of a call that ``draw`` made, by name; of caches, as long as these may become."""
     spec, options = setting.spec, setting.resolved
     sizes = setting.sizes()
     sizes = dataclasses.replace(sizes, M=_rows(spec, options, x, "M"), S=_rows(spec, options, x, "S") + sizes.T)

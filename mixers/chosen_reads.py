@@ -1,8 +1,8 @@
 """Reading a few states of many, each token its own.
 
-    out_t = w_t,own y_t + scale Σ_r w_tr C_{i_tr}ᵀ q_t
+out_t = w_t,own y_t + scale Σ_r w_tr C_{i_tr}ᵀ q_t
 
-    y, out [N,T,H,V]   q [N,T,G,K]   C [N,S,H,K,V]   w [N,H,R+1,T], own last   index i [N,H,R,T], −1 for none
+y, out [N,T,H,V]   q [N,T,G,K]   C [N,S,H,K,V]   w [N,H,R+1,T], own last   index i [N,H,R,T], −1 for none
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str
 
 
 PRIMITIVE = Primitive("chosen_reads", ("y", "q", "kept", "weights"), ("index", "first"), ("out",), _shapes, ("out",))
-"""``first`` is the first token that sees each state, ``factor`` the scale; widths are those of q and of a state's rows."""
+"""``first``: the first token that sees each state; ``factor``: the scale; widths: of q and of a state's rows."""
 
 
 def chosen_reads(

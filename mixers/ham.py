@@ -33,6 +33,7 @@ import numpy as np
 from mixers.algebra import device_of, more_rows, outer, read, softmax, stop
 from mixers.delta import BETA, delta_rule, gated_delta_rule
 from mixers.linear import KEY, QUERY, SCALAR_DECAY, VALUE, fade, read_scale, scale_option, zero_state
+from mixers.selection import at_least
 from mixers.spec import Arg, Array, Field, MixerSpec, Option, Options, Sizes, StateLayout, choice, real, switch
 
 COSINE_FLOOR = 1e-6
@@ -164,10 +165,9 @@ def decisions(xp: Any, options: Options, token: Mapping[str, Array], score: Arra
         forced = forced != 0
         return xp.broadcast_to(forced[..., None], score.shape) if forced.ndim < score.ndim else forced
     threshold = token.get("threshold")
-    score = xp.astype(stop(score), xp.float32)
     if threshold is None:
-        return score >= float(np.float32(options["threshold"]))
-    return score >= xp.astype(threshold, xp.float32)
+        return at_least(xp, score, float(np.float32(options["threshold"])))
+    return at_least(xp, score, xp.astype(threshold, xp.float32))
 
 
 def lift(xp: Any, score: Array) -> Array:

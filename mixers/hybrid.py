@@ -234,7 +234,9 @@ class _Rows:
         self.most = room + tokens if most is None and self._cap else room if most is None else most
         self.order = inverse(xp, self.place, self.most if self._cap else room)
 
-    def packed(self, library: Any, backend: str, new: tuple[Array, Array], old: tuple[Array, Array]) -> tuple[Array, Array]:
+    def packed(
+        self, library: Any, backend: str, new: tuple[Array, Array], old: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
         """Kept keys and values, gathered."""
         return kept_rows(library, backend, new, old, self.order, self.place)
 

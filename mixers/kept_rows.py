@@ -28,7 +28,7 @@ def kept_rows(
     library: Any, backend: str, new: tuple[Array, Array], old: tuple[Array, Array], order: Array, place: Array
 ) -> tuple[Array, Array]:
     """Keys and values, by a backend's kernel where one serves these arrays, by array operations where none does."""
-    old = tuple(library.cast(a, library.dtype(b)) for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
+    old = tuple(library.cast(a, library.dtype(b)) for a, b in zip(old, new, strict=True))
     found = run(library, PRIMITIVE, backend, (*new, *old), (order, place))
     if found is not None:
         keys, values = found

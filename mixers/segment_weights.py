@@ -91,13 +91,13 @@ class Weights(NamedTuple):
 
     Attributes:
         weights: see the module.
-        index: the segments that were chosen; None where all are read.
+        chosen: the segments that were chosen; None where all are read.
         pooled: ``[N,P,H,K]``, those of the segments that end.
         key_sum: ``[N,H,K]``, of the last one.
     """
 
     weights: Array
-    index: Array | None
+    chosen: Array | None
     pooled: Array
     key_sum: Array
 

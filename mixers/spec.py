@@ -194,8 +194,8 @@ class Memory:
         of: ``of(xp, options, token, state)``: the memory of a state; ``token`` holds the parameters.
         recall: ``recall(xp, options, token, memory) -> y``: the mixer's own read of it, any axes before the heads.
         query: ``query(xp, options, q)``: what the rows of a matrix are weighted with, where the read is
-            ``scale · Sᵀ query`` and so linear in the memory: a read of a mixture is the mixture of the reads. None where
-            it is not.
+            ``scale · Sᵀ query`` and so linear in the memory: a read of a mixture is the mixture of the reads. None
+            where it is not.
         scale: ``scale(options, key_dim)``.
     """
 
@@ -240,8 +240,8 @@ class MixerSpec:
             function ``f(xp, array)`` that turns any real array into a valid one.
         memory: how its states are read by later queries; None where a state is no memory of matrices.
         results: what a step returns behind ``y``, by name; the step then returns ``(y, *results)`` for it.
-        picks: whether, under given options, the largest of some numbers are read and the others are not: among equal ones
-            rounding decides.
+        picks: whether, under given options, only the largest of some numbers are read: among equal ones rounding
+            decides.
         specialise: the specification under given options, where inputs or state depend on them.
         chunk: tokens that share a base point: the length of the axis ``C``.
         timed: inputs that follow from the length of a sequence, ``f(xp, tokens, like)``, ``[1, T, ...]`` each.

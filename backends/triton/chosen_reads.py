@@ -1,13 +1,13 @@
 """Reading a few states of many, each token its own; see ``mixers.chosen_reads``.
 
     out_t = w_t,own y_t + Σ_r w_tr C_{i_tr}ᵀ q_t                here with the scale in w
-    M_tr = C_i dout_t      dq_t = Σ_r w_tr M_tr      dw_tr = ⟨q_t, M_tr⟩      dC_i = Σ q_t (w_tr dout_t)ᵀ over who chose i
+    M_tr = C_i dout_t      dq_t = Σ_r w_tr M_tr      dw_tr = ⟨q_t, M_tr⟩      dC_i = Σ q_t (w_tr dout_t)ᵀ
 
     y, out [N,T,H,V]   q [N,T,G,K]   C [N,S,H,K,V]   w [N,H,R+1,T] float32, own last   index i [N,H,R,T], −1 for none
 
-``group`` counts, and then lists, for every state the choices (r, t) that fell on it, as ``r·T + t``; ``read`` keeps a state on chip and
-goes through its list, a tile of choices at a time; a choice's read has a row of its own, and ``add`` sums a token's
-rows. Nothing is sorted, and nobody adds to what another adds to.
+The sum of dC goes over the choices that fell on i. ``group`` counts and then lists these for every state, as
+``r·T + t``; ``read`` keeps a state on chip and goes through its list, a tile of choices at a time; a choice's read has
+a row of its own, and ``add`` sums a token's rows. Nothing is sorted, and nobody adds to what another adds to.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ PARTS = 4
 
 @triton.jit(do_not_specialize=["tokens", "states"])
 def group(index, first, lists, starts, counts, tokens, states, R: tl.constexpr, SIZE: tl.constexpr):
-    """The choices that fell on one state of one head, slot after slot, in the order of their tokens; or their number."""
+    """The choices that fell on one state of one head, slot after slot, in the order of tokens; or their number."""
     pid = tl.program_id(0)
     row, i = pid // states, pid % states
     index += tl.cast(row, tl.int64) * R * tokens
@@ -176,11 +176,13 @@ class ChosenReads:
         dout: tuple[Array, ...],
     ) -> tuple[Array, ...]:
         """Gradients of y, q, the states and the weights."""
-        call, (y, q, kept, weights), d = _Call(x, fixed, factor), x, dout[0].contiguous()
+        call, (y, q, kept, _), d = _Call(x, fixed, factor), x, dout[0].contiguous()
         own = call.weights[:, :, -1].transpose(1, 2)[..., None]
         dweights, dy = torch.zeros_like(call.weights), (own * d).to(y.dtype)
         dweights[:, :, -1] = (d.float() * y).sum(-1).transpose(1, 2)
-        dq = torch.empty((*y.shape[:3], q.shape[3]), dtype=q.dtype if call.share == 1 else torch.float32, device=q.device)
+        dq = torch.empty(
+            (*y.shape[:3], q.shape[3]), dtype=q.dtype if call.share == 1 else torch.float32, device=q.device
+        )
         dkept = torch.empty(kept.shape, dtype=kept.dtype, device=q.device)
         if d.numel():
             call.add(call.read(d, dweights), None, dq)

@@ -16,7 +16,7 @@ def take(
     old, old_n, old_t, old_h, new, new_n, new_t, new_h, order, order_n, order_t, order_h, out, held, rows, heads,
     V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one head: from ``old`` where an index is less than ``held``, from ``new`` behind, 0 where it is −1."""
+    """Some rows of one head: from ``old`` where an index is below ``held``, from ``new`` behind, 0 where it is −1."""
     pid = tl.program_id(0)
     head, n = pid % heads, (pid // (heads * tl.cdiv(rows, ROWS))).to(tl.int64)
     r, c = pid // heads % tl.cdiv(rows, ROWS) * ROWS + tl.arange(0, ROWS), tl.arange(0, BV)[None, :]
@@ -43,8 +43,8 @@ def taken(old: Array | None, new: Array, order: Array) -> Array:
     strides = (*order.stride(), 0)[:3]
     if out.numel():
         take[(count * triton.cdiv(rows, ROWS) * heads,)](
-            *place(dense(old) if held else None, 0, 1, 2), *place(new, 0, 1, 2), order, *strides, out, held, rows, heads,
-            V=width, BV=block(width), ROWS=ROWS,
+            *place(dense(old) if held else None, 0, 1, 2), *place(new, 0, 1, 2), order, *strides, out, held, rows,
+            heads, V=width, BV=block(width), ROWS=ROWS,
         )  # fmt: skip
     return out
 

@@ -1,6 +1,6 @@
 """The delta rule that also tells how badly it predicted every token, without a second scan; see ``mixers.hybrid``.
 
-    p_t = S_{t-1}ᵀ k_t, in a chunk that starts from S:   p_t = e^{G_{t-1}} Sᵀ k_t + Σ_{j<t} e^{G_{t-1}−G_j} ⟨k_t, k_j⟩ u_j
+    p_t = S_{t-1}ᵀ k_t = e^{G_{t-1}} Sᵀ k_t + Σ_{j<t} e^{G_{t-1}−G_j} ⟨k_t, k_j⟩ u_j      in a chunk that starts from S
 
 ``delta_chunk``'s thin chain writes the first state S and the writes u of every chunk, from which outputs are read side
 by side; one more kernel reads p of them, compares it with v and keeps nothing but the error.

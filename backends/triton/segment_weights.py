@@ -67,8 +67,10 @@ def pool(
 
 
 @triton.jit
-def scored(pools, query, i, count, step, sees, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of some pools with some tokens, −∞ where unseen; a pool in two parts where operands are in half precision."""
+def scored(
+    pools, query, i, count, step, sees, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Scores of some pools with some tokens, −∞ where unseen; pools go in two parts in half precision."""
     s, c = i + tl.arange(0, BS), tl.arange(0, BK)
     mean = tl.load(pools + s[:, None] * step + c[None, :], mask=(s < count)[:, None] & (c < K)[None, :], other=0.0)
     high = mean.to(query.dtype)
@@ -214,7 +216,10 @@ class SegmentWeights:
         rows, tokens, heads, width = call.u.shape
         wide = {"dtype": torch.float32, "device": call.u.device}
         own = torch.empty((rows, heads, tokens), **wide)
-        pooled, last = torch.empty((rows, call.pieces - 1, heads, width), **wide), torch.empty((rows, heads, width), **wide)
+        pooled, last = (
+            torch.empty((rows, call.pieces - 1, heads, width), **wide),
+            torch.empty((rows, heads, width), **wide),
+        )
         pool[(rows * heads * call.pieces,)](*call.arrays, own, pooled, last, *call.counts, **call.constants())
         pools = torch.cat([call.pooled, pooled], dim=1)
         count = pools.shape[1]

@@ -152,7 +152,7 @@ class StateReads:
 
     def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str) -> tuple[Array, ...]:
         """The outputs."""
-        call = _Call(*x, *fixed, factor)
+        call = _Call(x, fixed[0], factor)
         out = torch.empty(call.y.shape, dtype=call.y.dtype, device=call.y.device)
         size = call.sizes("forward")
         blocks = triton.cdiv(call.tokens, size["BT"])
@@ -171,7 +171,7 @@ class StateReads:
         dout: tuple[Array, ...],
     ) -> tuple[Array, ...]:
         """Gradients of y, q, the states and the weights."""
-        call, (y, q, kept, weights), d = _Call(*x, *fixed, factor), x, dout[0].contiguous()
+        call, (y, q, kept, _), d = _Call(x, fixed[0], factor), x, dout[0].contiguous()
         _, _, heads, group, _ = call.counts
         dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         wide = q.dtype if group == 1 else torch.float32
@@ -200,7 +200,8 @@ class StateReads:
 class _Call:
     """The arguments that all kernels share."""
 
-    def __init__(self, y: Array, q: Array, kept: Array, weights: Array, seen: Array, scale: float) -> None:
+    def __init__(self, x: tuple[Array, ...], seen: Array, scale: float) -> None:
+        y, q, kept, weights = x
         self.y, q, self.seen = dense(y), dense(q), seen.to(torch.int32).contiguous()
         self.weights, self.kept = weights.float().contiguous(), kept.to(q.dtype).contiguous()
         self.arrays = (*place(self.y, 0, 1, 2), *place(q, 0, 1, 2))

@@ -206,8 +206,8 @@ def packs(case: Case) -> Verdict:
 
     outputs, gradients = case.evaluate(x, flowing)
     worst, sums = Verdict(0.0, ""), {n: np.zeros_like(g) for n, g in gradients.items()}
-    for single, part, place, wanted, back in alone:
-        got = {name: _crop(part(name, a), wanted[name].shape) for name, a in outputs.items()}
+    for single, own_part, place, wanted, back in alone:
+        got = {name: _crop(own_part(name, a), wanted[name].shape) for name, a in outputs.items()}
         worst = worse(worst, agree(single, got, wanted))
         for name, g in back.items():
             sums[name][place(name)] += g
