@@ -57,7 +57,8 @@ class Case:
         return self.kernel.form if self.kernel else ""
 
     def __str__(self) -> str:
-        kernel = f"/{self.kernel.name}" if self.kernel else ""
+        composed = "" if self.backend == "reference" else "/composed"
+        kernel = f"/{self.kernel.name}" if self.kernel else composed
         return f"{self.law}: {self.mixer} on {self.backend}{kernel}, {self.dtype} {self.library}: {self.setting}"
 
     def run(self) -> Verdict:
