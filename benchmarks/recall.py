@@ -4,7 +4,7 @@ A sequence is pairs of a key and a value, then questions: a key that was seen, w
 more pairs than a small recurrence can hold. Every run trains the same two-layer model of ``HybridLayer`` blocks with a
 budget (``KeepBudget``) that moves the threshold towards a share of tokens to keep; a share of 0 is the recurrence
 alone, of 1 full attention beside it. Loss and accuracy are those of the questions, on sequences never trained on.
-Writes JSON and a plot beside it.
+Writes JSON; ``--plot`` then draws it.
 """
 
 import argparse
@@ -144,9 +144,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--plot", action="store_true", help="nothing is trained: draw what --out holds")
     parser.add_argument("--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
+    if chosen.plot:
+        plot(json.loads(chosen.out.read_text())["runs"], chosen.out.with_suffix(".png"))
+        return
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python -m benchmarks.recall " + " ".join(sys.argv[1:]),
@@ -161,8 +164,6 @@ def main() -> None:
             print(" ".join(f"{name}={value:.4g}" for name, value in row.items()), flush=True)
             chosen.out.parent.mkdir(parents=True, exist_ok=True)
             chosen.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    if chosen.plot:
-        plot(found["runs"], chosen.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
