@@ -27,8 +27,8 @@ PINS = ("--no-compile", "-c", "constraints.txt")
 # those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of the laws, another
 # part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
-SIMULATED = (*LAWS, *(f"tests/test_{name}.py" for name in ("triton", "primitives", "readme")), "--most", "2000")
-SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "500")
+SIMULATED = (*LAWS, *(f"tests/test_{name}.py" for name in ("triton", "primitives", "readme")), "--most", "16000")
+SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "16000")
 WITHOUT_TORCH = tuple(
     f"--ignore=tests/{file}.py"
     for file in (
@@ -36,16 +36,10 @@ WITHOUT_TORCH = tuple(
         *("test_numba_cache", "test_packaging", "test_threads"),
     )
 )
+CHOSEN_IN_XLA = "test_jax or test_nnx or imports or float32 and not jax/steps and not jax/composed"
 IN_XLA = (
     *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_nnx.py", "--backend", "jax"),
-    *(
-        "--share",
-        "1500",
-        "--most",
-        "20000",
-        "-k",
-        "test_jax or test_nnx or imports or float32 and not jax/steps and not jax/composed",
-    ),
+    *("--share", "1500", "--most", "20000", "-k", CHOSEN_IN_XLA),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 # The site asks every backend's kernels and runs blocks of every library; it is built where most of these are at hand.
