@@ -482,7 +482,7 @@ _SINGLES = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1)}
 # For bfloat16 and float16, by kernel and width.
 _HALVES = {
     ("forward", 64): (128, 64, 4, 3),
-    ("forward", 128): (128, 64, 8, 3),
+    ("forward", 128): (64, 64, 4, 3),
     ("queries", 64): (128, 64, 8, 3),
     ("queries", 128): (128, 64, 8, 2),
     ("rows", 64): (64, 128, 8, 2),

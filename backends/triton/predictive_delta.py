@@ -22,7 +22,7 @@ from mixers.spec import Array
 from .blocks import LEAST, dot, locate, sums
 from .delta_chunk import Cut, DeltaChunk, backward
 from .delta_chunk_forward import read
-from .kernel import WIDEST, place, runs_here
+from .kernel import INTERPRETED, WIDEST, place, runs_here
 
 _KERNEL = DeltaChunk()
 
@@ -129,7 +129,7 @@ class PredictiveDelta:
             *place(cut.k, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(beta, 0, 1, 2), *place(g, 0, 1, 2), written, states,
             found, tokens, rows, per, every, heads, group, COSINE_FLOOR,
             K=s.K, V=s.V, BT=cut.block_t, BK=block_k, BV=block_v, DECAY=g is not None, ROUTER=how,
-            PRECISION=cut.precision, num_warps=4, num_stages=1,
+            PRECISION=cut.precision, num_warps=4, num_stages=1, **_registers(cut.k),
         )  # fmt: skip
         return y, last, found
 
@@ -152,6 +152,12 @@ class PredictiveDelta:
 
 
 _NAMES = ("q", "k", "v", "beta", "log_decay", "initial.state")
+
+
+def _registers(keys: Array) -> dict[str, int]:
+    """So many that three programs share a multiprocessor; half precision needs six more, and spills none for it."""
+    plain = INTERPRETED or torch.version.hip is not None or keys.element_size() > 2
+    return {} if plain else {"maxnreg": 168}
 
 
 def _prepared(x: tuple[Array, ...], factor: float, grad: bool) -> tuple[Call, Config]:
