@@ -2,9 +2,9 @@
 
 A sequence is pairs of a key and a value, one a token, then questions: a key that was seen, whose value is to be named.
 There are more pairs than a small recurrence can hold. Every run trains the same two-layer model of ``HybridLayer``
-blocks with a budget (``KeepBudget``) that moves the threshold towards a share of tokens to keep; a share of 0 is
-the recurrence alone, of 1 full attention beside it. Loss and accuracy are those of the questions, on sequences never trained
-on. Writes JSON; ``--plot`` then draws it.
+blocks with a budget (``KeepBudget``) that moves the threshold towards a share of tokens to keep; a share of 0 is the
+recurrence alone, of 1 full attention beside it. Loss and accuracy are those of the questions, on new sequences. Writes
+JSON; ``--plot`` then draws it.
 """
 
 import argparse
