@@ -1,6 +1,6 @@
 """Candidates compiled ahead of their measurement, in several processes at once that see no GPU.
 
-    python -m mixers.autotune.ahead CAPABILITY      one JSON object a line in, one line out
+    python -m mixers.autotune.ahead CAPABILITY      one JSON object a line in, one line out; 0 for the CPU
 
 A backend that can do so has ``compile_only(capability)``; what it launches is then compiled into its own cache.
 """
@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from mixers.autotune.device import Device
+from mixers.autotune.device import Device, cores
 from mixers.autotune.guard import small_problem
 from mixers.autotune.key import BACKWARD, FORWARD, from_json, to_json
+from mixers.autotune.rig import HostRig
 
 from mixers.backend import Config, installed
 from mixers.problem import Problem
@@ -29,9 +30,10 @@ class Ahead:
     """Processes that compile, while the block lasts; none where no backend of the device compiles ahead."""
 
     def __init__(self, device: Device) -> None:
-        capability = next((word[3:] for word in device.detail if word.startswith("sm_")), "")
-        self._able = {n for n, b in installed().items() if hasattr(b, "compile_only")} if capability else set()
-        self._capability = capability
+        self._kind = device.kind
+        self._capability = next((word[3:] for word in device.detail if word.startswith("sm_")), "0")
+        able = {n for n, b in installed().items() if hasattr(b, "compile_only") and device.kind in b.place.devices}
+        self._able = able if device.kind == "cpu" or self._capability != "0" else set()
         self._pool: ThreadPoolExecutor | None = None
         self._idle: list[subprocess.Popen[str]] = []
         self._all: list[subprocess.Popen[str]] = []
@@ -61,14 +63,19 @@ class Ahead:
                 continue
             words = {"problem": to_json(problem), "part": part, "name": name, "config": dict(config)}
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(min(PROCESSES, max(1, (os.cpu_count() or 2) - 1)))
+                self._pool = ThreadPoolExecutor(min(PROCESSES, cores()))
             self._jobs[job] = self._pool.submit(self._compile, words)
 
     def wait(self, problem: Problem, part: str, name: str, config: Config) -> None:
         """Until a candidate is compiled; where that failed, its measurement will tell why."""
         job = self._jobs.get(_job(problem, part, name, config))
         if job is not None:
-            job.exception(PATIENCE)
+            wait([job], PATIENCE)
+
+    def settle(self) -> None:
+        """Until nothing is compiled on the cores that candidates are to be timed on."""
+        if self._kind == "cpu":
+            wait(self._jobs.values(), 5 * PATIENCE)
 
     def _compile(self, job: dict[str, Any]) -> None:
         process = self._idle.pop() if self._idle else self._process()
@@ -93,16 +100,22 @@ class Ahead:
 
 
 def _job(problem: Problem, part: str, name: str, config: Config) -> tuple[Any, ...]:
+    """What makes one compilation another: for a CPU neither a length, nor a width, nor a configuration."""
+    if problem.device == "cpu":
+        return part, name, problem.compute_dtype
     return problem, problem.sizes, part, name, tuple(sorted(config.items()))
 
 
 def compile_candidate(job: dict[str, Any]) -> None:
-    """Launch a pass on tensors that hold nothing, in a process where launching is compiling."""
-    import torch
-
+    """Launch a pass on arrays that hold nothing, in a process where launching is compiling."""
     problem: Problem = from_json(job["problem"])
     backend, _, name = job["name"].partition("/")
     kernel = next(k for k in installed()[backend].kernels() if k.name == name)
+    if problem.device == "cpu":
+        HostRig(problem).run(job["part"], kernel, job["config"])()
+        return
+    import torch
+
     spec, sizes = problem.spec, problem.sizes
     wide = "float64" if problem.dtype == "float64" else "float32"
 
@@ -128,12 +141,15 @@ def main() -> None:
     """Compile one job after another; what goes wrong shows when it is measured."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    for backend in installed().values():
-        if hasattr(backend, "compile_only"):
-            backend.compile_only(int(sys.argv[1]))
+    capability, ready = int(sys.argv[1]), set[str]()
     for line in sys.stdin:
         try:
-            compile_candidate(json.loads(line))
+            job = json.loads(line)
+            backend = job["name"].partition("/")[0]
+            if backend not in ready:
+                installed()[backend].compile_only(capability)  # type: ignore[attr-defined]
+                ready.add(backend)
+            compile_candidate(job)
             answers.write("compiled\n")
         except Exception as error:
             answers.write(f"{type(error).__name__}\n")

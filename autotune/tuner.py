@@ -41,7 +41,7 @@ MOST = 8
 FINALISTS = 3
 ROUNDS = 7
 BURST = 0.04
-BUDGET = 30.0
+BUDGET = 24.0
 
 # A time within this of the default's is the default's.
 CLEAR = 0.99
@@ -306,7 +306,8 @@ def tune_problems(
         problems: the calls.
         asked: a backend or kernel to keep to.
         parts: ``forward`` and ``backward``; what a problem has by default.
-        budget: seconds for all passes of a problem together, about.
+        budget: seconds for all passes of a problem together, about; on a CPU without what compiling takes, once for a
+            machine.
         report: told how far it is.
         done: given what was found of each problem; returns whether to go on.
 
@@ -319,14 +320,17 @@ def tune_problems(
     asked, todo = asked or Asked(), [whatever_the_batch(problem) for problem in problems]
     entries = list[Entry]()
     with Workshop() as shop, Ahead(device_of_kind(todo[0].device)) as ahead:
+        shop.start(todo[0].library)
         contests = [_contests(shop, ahead, problem, asked, tuple(parts), report) for problem in todo]
         for rounds in contests:
+            ahead.settle()
             found = _run(rounds, budget)
             entries += found
-            save(user_path(), found)
+            knowledge.learn(found)
+            # All of it: whoever deleted or damaged the file meanwhile has lost nothing that was measured here.
+            save(user_path(), knowledge.measured())
             if not done(found):
                 break
-    knowledge.learn(entries)
     return entries
 
 
@@ -356,7 +360,9 @@ def _run(contests: list[Contest], budget: float) -> list[Entry]:
     """One pass after the other; a backward follows the forward that has won."""
     start, forward, entries = time.monotonic(), contests[0].forward, list[Entry]()
     for number, contest in enumerate(contests):
-        contest.forward, contest.until = forward, start + budget * (number + 1) / len(contests) - 2
+        # A pass that took more than its share leaves the next one half of its own.
+        due, now = start + budget * (number + 1) / len(contests), time.monotonic()
+        contest.forward, contest.until = forward, max(due, now + budget / len(contests) / 2) - 2
         entry, trials = contest.run()
         chosen, config = (entry.kernel, entry.config) if entry else ("", {})
         log.append(Decision(str(contest.problem), contest.part, chosen, config, "measured now", True, trials))

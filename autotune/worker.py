@@ -1,6 +1,6 @@
 """The process in which candidates run: what crashes, hangs or poisons a GPU does so here.
 
-    python -m mixers.autotune.worker      one JSON object a line in, one a line out
+    python -m mixers.autotune.worker LIBRARY      one JSON object a line in, one a line out
 
     {"do": "open", "problem": …, "part": …, "forward": [name, config]}     make the arrays; what ran before a backward
     {"do": "try", "name": …, "config": …}       run once, then look for what is not written, not finite, or leaks
@@ -147,7 +147,6 @@ class Worker:
         do = request["do"]
         if do == "open":
             installed()  # a backend may register mixers of its own
-            importlib.import_module(request["problem"]["library"])  # and have kernels for its arrays
             forward = request["forward"]
             problem, rigs = from_json(request["problem"]), {}
             if self.bench is not None and (self.bench.problem, self.bench.problem.sizes) == (problem, problem.sizes):
@@ -200,6 +199,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    importlib.import_module(sys.argv[1])  # backends have kernels for its arrays once it is there
     Worker().serve(sys.stdin, answers)
 
 
