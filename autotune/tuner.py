@@ -189,6 +189,7 @@ class Contest:
             if len(passed) >= FINALISTS or against is None:
                 break
             self.report(f"{self.part}: comparing {runner.name}", len(passed), FINALISTS)
+            self.ahead.wait_to_compare(self.problem, self.part, runner.name, runner.config)
             found = self.ask("guard", runner, self.patience.guard, default=[against.name, dict(against.config)])
             if found is None:
                 continue
@@ -221,7 +222,10 @@ class Contest:
         total, forward = len(runners), (self.forward.name, dict(self.forward.config or {}))
         self.ahead.start(self.problem, self.part, [(r.name, r.config) for r in runners])
         self.shop.open(to_json(self.problem), self.part, forward if self.part == BACKWARD else None)
-        alive = self.halve(self.attempt(runners))
+        alive = sorted(self.attempt(runners), key=lambda r: r.seconds)
+        likely = alive[: FINALISTS + 1] + [r for r in alive[FINALISTS + 1 :] if r.default]
+        self.ahead.compare(self.problem, self.part, [(r.name, r.config) for r in likely])
+        alive = self.halve(alive)
         default = next((r for r in alive if r.default), None)
         ranked = self.final(self.guard(alive, default))
         trials = tuple(r.trial() for r in runners) + tuple(refused)
@@ -338,6 +342,9 @@ def _contests(
     shop: Workshop, ahead: Ahead, problem: Problem, asked: Asked, parts: tuple[str, ...], report: Report
 ) -> list[Contest]:
     """The passes of a problem; what they will run is being compiled from now on."""
+    if problem.spec.compose is not None:
+        of = ", ".join(dict.fromkeys(part.name for part, _ in problem.spec.parts(problem.option)))
+        raise ValueError(f"{problem.spec.name} is composed of {of or 'array operations'}; tune those")
     forward = choose(problem, asked).candidate
     if forward.kernel is None:
         raise ValueError(f"no kernel runs {problem}; the reference has nothing to tune")

@@ -34,6 +34,8 @@ def problems(device: str, names: list[str], dtype: str, shapes: tuple[tuple[int,
     for shape in shapes:
         for name in names or list(mixers.names()):
             spec = mixers.get_spec(name)
+            if spec.compose is not None:  # its parts run as they do alone
+                continue
             chunked = any(o.name == "chunk_size" for o in spec.options)
             for chosen in ({"chunk_size": c} for c in CHUNKS) if chunked else ({},):
                 b, t, h, k, v = shape
