@@ -28,6 +28,17 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of shipped profiles of this test's own, with none in it."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(knowledge, "SHIPPED", folder)
+    knowledge._shipped.cache_clear()
+    yield folder
+    knowledge._shipped.cache_clear()
+
+
+@pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``backend="faulty"``, found as any other package's is, by this process and by the tuner's worker."""
     info = tmp_path / "site" / "faulty-1.0.dist-info"

@@ -59,9 +59,10 @@ def test_the_newer_of_two_entries_stays() -> None:
         lambda text: text.replace("seconds", "minutes"),
         lambda text: "\x00" + text,
         lambda text: "entry = 3\nformat = 1",
+        lambda text: '[project]\nname = "another program\'s"',
         lambda text: text.encode("utf-16").decode("latin-1"),
     ],
-    ids=["truncated", "version", "kind", "field", "bytes", "shape", "encoding"],
+    ids=["truncated", "version", "kind", "field", "bytes", "shape", "foreign", "encoding"],
 )
 def test_a_bad_file_is_set_aside_with_one_warning(
     profile: Path, caplog: pytest.LogCaptureFixture, damage: object
@@ -86,19 +87,37 @@ def test_a_bad_file_that_is_written_to_is_set_aside_too(profile: Path) -> None:
         assert load(profile) == Profile.of([ENTRY])
 
 
-def test_eight_processes_lose_nothing(profile: Path) -> None:
-    """Each adds its own entries, several times."""
-    program = (
-        "import sys, dataclasses\n"
-        "from mixers.autotune.profile import Profile, save, user_path\n"
-        "(entry,) = Profile.parse(sys.argv[2]).entries.values()\n"
-        "for n in range(5): assert save(user_path(), [dataclasses.replace(entry, key=f'{sys.argv[1]} {n}')])"
-    )
-    text = Profile.of([ENTRY]).text()
-    running = [subprocess.Popen([sys.executable, "-c", program, str(n), text]) for n in range(8)]
+TUNES = """
+import sys
+from mixers.autotune import profile, tuner
+from mixers.autotune.ahead import Ahead
+from mixers.autotune.key import FORWARD
+from mixers.autotune.workshop import Workshop
+import mixers
+
+def answer(self, do, name, config, patience, **rest):
+    return {"seconds": 0.001, "error": 0.5, "reason": ""}
+
+Ahead.start = Ahead.compare = Workshop.start = Workshop.open = lambda *rest: None
+Workshop.ask = answer
+spec, number = mixers.get_spec("linear_attention"), int(sys.argv[1])
+for width in (8, 16, 24):
+    shape = (1, 32, 1, width, 8 * (number + 1))
+    problem = tuner.problem_of(spec, shape, "float32", "numpy", "cpu", False, (), spec.resolve({}))
+    (entry,) = tuner.tune_problem(problem)
+    assert entry.id in profile.load(profile.user_path()).entries
+"""
+
+
+def test_eight_processes_that_tune_at_once_lose_nothing(profile: Path) -> None:
+    """Each tunes three problems; what their workers would measure is made up."""
+    profile.write_text("no profile")  # and whoever comes first sets this aside
+    running = [subprocess.Popen([sys.executable, "-c", TUNES, str(n)], stderr=subprocess.DEVNULL) for n in range(8)]
     assert [process.wait(120) for process in running] == [0] * 8
-    assert {e.key for e in load(profile).entries.values()} == {f"{p} {n}" for p in range(8) for n in range(5)}
+    found = {(e.key.split()[-2], e.key.split()[-1]) for e in load(profile).entries.values()}
+    assert found == {(f"K={width}", f"V={8 * n}") for width in (8, 16, 24) for n in range(1, 9)}
     assert not list(profile.parent.glob(".profile*"))
+    assert (profile.parent / "profile.toml.bad").read_text() == "no profile"
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders cannot be made read-only here")
