@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mixers.autotune import knowledge
+from mixers.autotune import commands, knowledge
 from mixers.autotune.profile import Entry, Profile, Trial, load, save, user_path
 from typer.testing import CliRunner
 
@@ -141,6 +142,26 @@ def run(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
+
+
+def test_the_command_tunes_and_shows_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def tune(name: str, shape: tuple[int, ...], **rest: Any) -> list[Entry]:
+        rest["report"]("forward: numba/lattice.chunk", 1, 2)
+        asked.append((name, shape, rest["chunk_size"], rest["parts"]))
+        return [ENTRY]
+
+    monkeypatch.setattr(commands, "tune", tune)
+    code, text = run("tune", "lattice", "--shape", "1,1024,8,64,64", "-o", "chunk_size=16")
+    assert (code, asked) == (0, [("lattice", (1, 1024, 8, 64, 64), 16, ("forward", "backward"))])
+    for word in (ENTRY.key, "numba/lattice.chunk block=8 parts=2", "1.25", "1.4", f"remembered in {user_path()}"):
+        assert word in text.replace("\n", "")
+    assert run("tune", "latice")[0] == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("MIXERS_TUNE", "off")
+    code, text = run("tune", "lattice")
+    assert code == 2 and "MIXERS_TUNE=off" in text
 
 
 def test_commands_show_merge_and_export(profile: Path, tmp_path: Path) -> None:

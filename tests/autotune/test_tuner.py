@@ -247,6 +247,20 @@ def test_a_profile_that_is_deleted_while_a_process_tunes_is_written_again(
     assert Profile.parse(profile.read_text()) == Profile.of(found)
 
 
+def test_lattice_runs_on_another_kernel_for_other_arrays_and_says_why() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    x = arguments() | {"beta": np.full(SHAPE[:3], 0.1, np.float32)}
+    mix = mixers.get("lattice", backend="auto")
+    host, traced = mix.explain(**x), mix.explain(**{n: jnp.asarray(a) for n, a in x.items()})
+    assert host.chosen.name == "numba/lattice.recurrent"
+    assert traced.chosen.name == "numba/lattice.recurrent.xla"
+    for explained in (host, traced):
+        assert f"→ {explained.chosen.name} " in str(explained)
+        assert "chosen: the first that can" in str(explained)
+    assert "takes arrays of jax, not of numpy" in str(host)
+    assert "takes NumPy arrays; kernels named .xla take JAX's" in str(traced)
+
+
 def test_an_explicit_configuration_is_kept_or_refused() -> None:
     x = arguments()
     mix = mixers.get("linear_attention", backend="numba", kernel="delta.recurrent", config={"block": 16})
