@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--first", type=int, default=0, help="begin with this problem")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no problem later than this")
+    parser.add_argument("--cache", default="", help="where compiled code is kept; in an empty folder unless given")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     found: dict[str, Any] = {"machine": about(given.device)}
@@ -268,8 +269,8 @@ def main() -> None:
                 print(f"{what} adds {cost:.1f} µs", flush=True)
             write()
         if given.only != "dispatch":
-            # What is compiled goes where nothing is yet.
-            os.environ["XDG_CACHE_HOME"], os.environ["TRITON_CACHE_DIR"] = folder, str(Path(folder) / "triton")
+            cache = Path(given.cache or folder).absolute()
+            os.environ["XDG_CACHE_HOME"], os.environ["TRITON_CACHE_DIR"] = str(cache), str(cache / "triton")
             search(given.device, given.rounds, given.first, given.seconds, tell)
             rows = found.get("search", [])
             near = sum(row["over_best"] <= 1.05 for row in rows)
