@@ -476,6 +476,7 @@ def problem_of(
 ) -> Problem:
     """The problem of a plain call of a shape."""
     b, t, h, k, v = shape
+    spec = spec if spec.specialise is None else spec.specialise(options)
     layouts = tuple(
         (arg.name, " ".join(arg.layouts[0]))
         for arg in (*spec.inputs[3:], *spec.parameters)

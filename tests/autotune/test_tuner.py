@@ -10,13 +10,14 @@ import pytest
 from mixers.autotune import ahead, knowledge, tuner
 from mixers.autotune.device import device_of_kind, stamp_of
 from mixers.autotune.key import BACKWARD, FORWARD, key_of
-from mixers.autotune.policy import Asked
+from mixers.autotune.policy import Asked, candidates
 from mixers.autotune.profile import Entry, Profile, save
 
 import mixers
 from mixers import autotune
 from mixers.backend import installed
 from mixers.problem import Problem
+from mixers.registry import get_spec
 
 SHAPE = (1, 90, 2, 8, 8)
 
@@ -259,6 +260,16 @@ def test_lattice_runs_on_another_kernel_for_other_arrays_and_says_why() -> None:
         assert "chosen: the first that can" in str(explained)
     assert "takes arrays of jax, not of numpy" in str(host)
     assert "takes NumPy arrays; kernels named .xla take JAX's" in str(traced)
+
+
+def test_of_a_composition_the_parts_are_tuned() -> None:
+    for name, parts in (("ham", "gated_delta_rule, delta_rule"), ("ttt_mlp", "array operations")):
+        with pytest.raises(ValueError, match=f"{name} is composed of {parts}; tune those"):
+            autotune.tune(name, SHAPE)
+    problem = tuner.problem_of(get_spec("ttt_mlp"), SHAPE, "float32", "numpy", "cpu", False, (), {"chunk_size": 1})
+    ways = {c.name: c.support for c in candidates(problem, Asked())}
+    assert ways["numba"]
+    assert all(ways[name] == backend.status() for name, backend in installed().items() if not backend.status())
 
 
 def test_an_explicit_configuration_is_kept_or_refused() -> None:
