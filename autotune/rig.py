@@ -82,6 +82,10 @@ class Rig(ABC):
     def results(self, part: str) -> Named:
         """What a pass has written, but for what is kept, on the host."""
 
+    def unwritten(self, part: str) -> dict[str, int]:
+        """How many numbers of each array are not finite after a pass."""
+        return {name: int((~np.isfinite(a)).sum()) for name, a in self.results(part).items()}
+
     @abstractmethod
     def memory(self) -> int:
         """Bytes that this process holds."""
@@ -210,7 +214,12 @@ class TorchRig(Rig):
     def results(self, part: str) -> Named:
         """Copies on the host."""
         found = self.out if part == FORWARD else self.dx
-        return {name: t.detach().double().cpu().numpy() for name, t in found.items()}
+        return {name: t.detach().cpu().double().numpy() for name, t in found.items()}
+
+    def unwritten(self, part: str) -> dict[str, int]:
+        """Counted where the arrays are."""
+        found = self.out if part == FORWARD else self.dx
+        return {name: t.numel() - int(t.isfinite().sum()) for name, t in found.items()}
 
     def memory(self) -> int:
         """What is allocated on the device, by torch and by anybody else; pages of the host elsewhere."""
