@@ -10,6 +10,7 @@
 What a kernel raises comes back as ``{"failed": …}``. What a kernel prints goes to the standard error stream.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -21,10 +22,10 @@ from typing import Any, TextIO
 
 from mixers.autotune.guard import against_default, against_reference
 from mixers.autotune.key import BACKWARD, FORWARD, from_json
-from mixers.autotune.rig import Named, Rig, rig_of
+from mixers.autotune.rig import Rig, rig_of
 
 from mixers.backend import Config, Kernel, installed
-from mixers.problem import Problem
+from mixers.problem import Arrays, Problem
 
 # Bytes a call that are no noise of an allocator.
 LEAK = 1 << 20
@@ -41,7 +42,7 @@ class Bench:
         self._kernels: dict[str, Kernel] = {}
         self._filled: set[type[Rig]] = set()
         self._ready: dict[tuple[str, tuple[tuple[str, int], ...]], Any] = {}
-        self._default: Named | None = None
+        self._default: Arrays | None = None
 
     def kernel(self, name: str) -> Kernel:
         """A kernel by ``backend/name``."""
@@ -149,6 +150,7 @@ class Worker:
             problem, rigs = from_json(request["problem"]), {}
             if self.bench is not None and (self.bench.problem, self.bench.problem.sizes) == (problem, problem.sizes):
                 rigs = self.bench.rigs  # the same arrays serve both passes
+            gc.freeze()  # what is there stays: looking for leaks then takes no time
             self.bench = Bench(problem, request["part"], (forward[0], forward[1]) if forward else None, rigs)
             return {}
         assert self.bench is not None
