@@ -36,6 +36,7 @@ from mixers.autotune.tuner import problem_of, tune_problem
 from mixers.autotune.workshop import Lost, Workshop
 
 import mixers
+from benchmarks.timing import wait
 from mixers.backend import Config, installed
 from mixers.problem import Problem
 
@@ -74,11 +75,14 @@ GPU = (
 
 
 def fastest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Microseconds of this thread a call, the least of many bursts in turns: other processes' turns do not count."""
+    """Microseconds of this thread a call, the least of many bursts in turns: other processes' turns do not count.
+
+    A GPU's queue is empty when a burst begins, and holds all of it.
+    """
     least = dict.fromkeys(runs, float("inf"))
     for _ in range(BURSTS):
         for name, run in runs.items():
-            run()
+            wait(run())
             start = time.thread_time()
             for _ in range(CALLS):
                 run()
