@@ -11,9 +11,12 @@ from mixers.backend import installed
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The tuner tunes CPU kernels here: once where those are checked, and once beside torch."""
-    backends = config.getoption("--backend")
-    return True if backends and "numba" not in backends else None
+    """The tuner tunes CPU kernels here: once where those are checked, and once beside torch.
+
+    What is shipped for kernels is checked wherever these can be imported.
+    """
+    backends, shipped = config.getoption("--backend"), collection_path.name == "test_shipped.py"
+    return True if backends and "numba" not in backends and not shipped else None
 
 
 @pytest.fixture(autouse=True)
