@@ -155,7 +155,7 @@ def bare(torch: Any, tensor: Any, leaf: Any) -> dict[str, Callable[[], Any]]:
     return {"clone": tensor.clone, "op": lambda: call(tensor), "op, gradients": lambda: call(leaf)}
 
 
-def exhaustive(problem: Problem, entry: Entry, rounds: int) -> dict[str, float]:
+def exhaustive(shop: Workshop, ahead: Ahead, problem: Problem, entry: Entry, rounds: int) -> dict[str, float]:
     """Seconds of every candidate that can run, in turns, as the tuner's finals are."""
     part, forward = BACKWARD if f" {BACKWARD} " in entry.key else FORWARD, choose(problem, Asked()).candidate
     todo = {
@@ -165,25 +165,25 @@ def exhaustive(problem: Problem, entry: Entry, rounds: int) -> dict[str, float]:
         for config in c.kernel.configs(problem)
     }
     turns: dict[str, list[float]] = {label: [] for label in todo}
-    with Workshop() as shop, Ahead(device_of_kind(problem.device)) as ahead:
-        ahead.start(problem, part, todo.values())
-        shop.open(to_json(problem), part, (forward.name, dict(forward.config or {})) if part == BACKWARD else None)
-        for number in range(rounds):
-            for label in list(turns):
-                ahead.wait(problem, part, *todo[label])
-                try:
-                    found = shop.ask("time", *todo[label], 60.0, seconds=0.05)
-                except Lost as lost:
-                    found = {"failed": str(lost)}
-                if "failed" in found:
-                    print(f"  {label}: {found['failed']}", flush=True)
-                    del turns[label]
-                else:
-                    turns[label].append(found["seconds"])
-            if number == 1:
-                near = FAR * min(min(seconds) for seconds in turns.values())
-                stay = {entry.default, _label(entry.kernel, entry.config)}
-                turns = {label: seconds for label, seconds in turns.items() if label in stay or min(seconds) < near}
+    ahead.start(problem, part, todo.values())
+    ahead.settle()
+    shop.open(to_json(problem), part, (forward.name, dict(forward.config or {})) if part == BACKWARD else None)
+    for number in range(rounds):
+        for label in list(turns):
+            ahead.wait(problem, part, *todo[label])
+            try:
+                found = shop.ask("time", *todo[label], 60.0, seconds=0.05)
+            except Lost as lost:
+                found = {"failed": str(lost)}
+            if "failed" in found:
+                print(f"  {label}: {found['failed']}", flush=True)
+                del turns[label]
+            else:
+                turns[label].append(found["seconds"])
+        if number == 1:
+            near = FAR * min(min(seconds) for seconds in turns.values())
+            stay = {entry.default, _label(entry.kernel, entry.config)}
+            turns = {label: seconds for label, seconds in turns.items() if label in stay or min(seconds) < near}
     middle = min if problem.device == "cpu" else statistics.median
     return {label: middle(seconds) for label, seconds in turns.items()} | {"": float(len(todo))}
 
@@ -192,9 +192,8 @@ def _label(name: str, config: Config) -> str:
     return f"{name} {config_text(config)}".strip()
 
 
-def compared(problem: Problem, entry: Entry, rounds: int) -> Row:
-    """What was tuned beside what an exhaustive search finds."""
-    times = exhaustive(problem, entry, rounds)
+def compared(entry: Entry, times: dict[str, float]) -> Row:
+    """What was tuned beside what an exhaustive search found."""
     count, chosen = int(times.pop("")), _label(entry.kernel, entry.config)
     best = min(times, key=lambda label: times[label])
     row: Row = {
@@ -217,19 +216,21 @@ def search(device: str, rounds: int, first: int, seconds: float, tell: Callable[
     """Each problem tuned, and searched exhaustively; ``tell`` is given all that was found so far."""
     rows, start = list[Row](), time.monotonic()
     library, dtype = ("numpy", "float32") if device == "cpu" else ("torch", "bfloat16")
-    for name, given, *shape in (CPU if device == "cpu" else GPU)[first:]:
-        if time.monotonic() - start > seconds:
-            break
-        spec = mixers.get_spec(name)
-        b, t, h, k, v = shape
-        problem = problem_of(spec, (b, t, h, k, v), dtype, library, device, True, (), spec.resolve(given))
-        begun = time.monotonic()
-        entries = tune_problem(problem)
-        took = time.monotonic() - begun
-        print(f"{problem}: tuned in {took:.1f} s", flush=True)
-        for entry in entries:
-            rows.append(compared(problem, entry, rounds) | {"tuned_in": took})
-            tell(rows)
+    with Workshop() as shop, Ahead(device_of_kind(device)) as ahead:
+        for name, given, *shape in (CPU if device == "cpu" else GPU)[first:]:
+            if time.monotonic() - start > seconds:
+                break
+            spec = mixers.get_spec(name)
+            b, t, h, k, v = shape
+            problem = problem_of(spec, (b, t, h, k, v), dtype, library, device, True, (), spec.resolve(given))
+            begun = time.monotonic()
+            entries = tune_problem(problem)
+            took = time.monotonic() - begun
+            print(f"{problem}: tuned in {took:.1f} s", flush=True)
+            for entry in entries:
+                times = exhaustive(shop, ahead, problem, entry, rounds)
+                rows.append(compared(entry, times) | {"tuned_in": took})
+                tell(rows)
 
 
 def about(device: str) -> dict[str, Any]:
