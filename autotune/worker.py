@@ -146,6 +146,7 @@ class Worker:
         do = request["do"]
         if do == "open":
             installed()  # a backend may register mixers of its own
+            importlib.import_module(request["problem"]["library"])  # and have kernels for its arrays
             forward = request["forward"]
             problem, rigs = from_json(request["problem"]), {}
             if self.bench is not None and (self.bench.problem, self.bench.problem.sizes) == (problem, problem.sizes):
@@ -199,7 +200,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-    importlib.import_module(sys.argv[1])  # backends have kernels for its arrays once it is there
+    importlib.import_module(sys.argv[1])  # while candidates are still being compiled
     Worker().serve(sys.stdin, answers)
 
 
