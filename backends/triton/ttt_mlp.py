@@ -13,7 +13,6 @@ S and W2 want as rows, is a product of its own.
     q, k [N,L,G,K]   v, y [N,L,H,K]   beta [N,L,H]   W1 [N,H,K,F]   c1 [N,H,F]   W2 [N,H,F,K]   c2 [N,H,K], contiguous
 """
 
-
 import torch
 import triton
 import triton.language as tl
@@ -193,7 +192,7 @@ class MLPBatches:
 
     def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str) -> tuple[Array, ...]:
         """Output and last weights; ``how`` is the length of a mini-batch."""
-        call = _Call(x, int(how), "bf16")
+        call = Call(x, int(how), "bf16")
         y = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
         last = tuple(torch.empty_like(a) for a in call.first)
         call.learn(last, 0, y, None, (None,) * 7)
@@ -211,10 +210,10 @@ class MLPBatches:
         """Gradients of tokens, first weights and parameters."""
         from .ttt_mlp_backward import backward
 
-        return backward(_Call(x, int(how), "parts"), x, dout)
+        return backward(Call(x, int(how), "parts"), x, dout)
 
 
-class _Call:
+class Call:
     """Arguments that the kernels share."""
 
     def __init__(self, x: tuple[Array, ...], chunk: int, half: str) -> None:
