@@ -150,8 +150,7 @@ def learn(
     t, place, blocks = tl.zeros_like(first), begun, tl.zeros_like(first)
     rows = cut(t, place, length, CHUNK, ROWS, EVERY)
     last_t = t
-    keys = load_tile(k, kt, i, d, rows, WIDTH)
-    key_columns, value_columns = load_columns(k, kt, i, d, rows, WIDTH), load_columns(v, vt, i, d, rows, WIDTH)
+    keys, values = load_columns(k, kt, i, d, rows, WIDTH), load_columns(v, vt, i, d, rows, WIDTH)
     strengths = tl.load(beta + i * long(bt, False), mask=i < rows, other=0.0).to(tl.float32)
     while t < length:
         mu, _ = mini_batch(place, i, CHUNK)
@@ -165,16 +164,15 @@ def learn(
             tl.store(table + slot * 4 + 3, place)
         # The next block is on its way while this one is at work.
         at_t, at_place, at_rows = t + rows, end % CHUNK, cut(t + rows, end % CHUNK, length, CHUNK, ROWS, EVERY)
-        next_keys = load_tile(k + at_t * kt, kt, i, d, at_rows, WIDTH)
-        next_key_columns = load_columns(k + at_t * kt, kt, i, d, at_rows, WIDTH)
-        next_value_columns = load_columns(v + at_t * vt, vt, i, d, at_rows, WIDTH)
+        next_keys = load_columns(k + at_t * kt, kt, i, d, at_rows, WIDTH)
+        next_values = load_columns(v + at_t * vt, vt, i, d, at_rows, WIDTH)
         next_beta = beta + (at_t + i) * long(bt, False)
         next_strengths = tl.load(next_beta, mask=i < at_rows, other=0.0).to(tl.float32)
 
         # What does not wait for W: how blocks of mini-batches feel each other, and where the norm is pulled.
-        weigh = add_dot(tl.zeros((ROWS, ROWS), tl.float32) + 1.0, keys, tl.trans(keys), PRECISION)
+        weigh = add_dot(tl.zeros((ROWS, ROWS), tl.float32) + 1.0, tl.trans(keys), keys, PRECISION)
         weigh *= tl.where(mu[:, None] < mu[None, :], -tau, 0.0)
-        pull = w[:, None] * (w_b[:, None] - (value_columns.to(tl.float32) - key_columns.to(tl.float32)))
+        pull = w[:, None] * (w_b[:, None] - (values.to(tl.float32) - keys.to(tl.float32)))
         pull = centre_columns(pull, d, WIDTH, D)
         store_row(biases + index, d, bias, WIDTH)
 
@@ -182,7 +180,7 @@ def learn(
         z = tl.zeros((D, ROWS), tl.float32) + bias[:, None]
         if RESIDENT:
             store_columns(target, WIDTH, d, d, WIDTH, weight, WIDTH)
-            z = add_dot(z, weight, tl.trans(keys), PRECISION)
+            z = add_dot(z, weight, keys, PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
@@ -217,7 +215,7 @@ def learn(
         else:
             bias += tl.sum(learned, 1)
         if RESIDENT:
-            weight = _learn_from(weight, learned, keys, tau, PRECISION)
+            weight = _learn_from(weight, learned, tl.trans(keys), tau, PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
@@ -262,7 +260,7 @@ def learn(
                 tl.debug_barrier()
             sums += heads * WIDTH * WIDTH
             bias_sums += heads * WIDTH
-        keys, key_columns, value_columns, strengths = next_keys, next_key_columns, next_value_columns, next_strengths
+        keys, values, strengths = next_keys, next_values, next_strengths
         # Not `last_t = t`: Triton 3.6 then takes last_t for a constant, that of before the loop.
         last_t = tl.maximum(last_t, t)
         t, place, rows, slot, blocks = at_t, at_place, at_rows, slot + 1, blocks + 1

@@ -198,10 +198,9 @@ def learn_back(
         done = completed(mu, end, CHUNK)
         index = (slot * heads + head) * WIDTH
         token = out + t * heads
-        keys = load_tile(k + t * kt, kt, i, d, rows, WIDTH)
-        queries = load_tile(q + t * qt, qt, i, d, rows, WIDTH)
-        key_columns = load_columns(k + t * kt, kt, i, d, rows, WIDTH).to(tl.float32)
-        value_columns = load_columns(v + t * vt, vt, i, d, rows, WIDTH).to(tl.float32)
+        keys = load_columns(k + t * kt, kt, i, d, rows, WIDTH)
+        queries = load_columns(q + t * qt, qt, i, d, rows, WIDTH)
+        values = load_columns(v + t * vt, vt, i, d, rows, WIDTH)
         strengths = tl.load(beta + (t + i) * long(bt, False), mask=i < rows, other=0.0).to(tl.float32)
         x = load_columns(x_ + token * WIDTH, out_row, i, d, rows, WIDTH)
         inverse = tl.load(inverse_ + token + i * heads, mask=i < rows, other=0.0)
@@ -209,9 +208,9 @@ def learn_back(
         dwrite = load_columns(dwrite_ + token * WIDTH, out_row, i, d, rows, WIDTH)
 
         # What does not wait for dW.
-        weigh = add_dot(tl.zeros((ROWS, ROWS), tl.float32) + 1.0, keys, tl.trans(keys), PRECISION)
+        weigh = add_dot(tl.zeros((ROWS, ROWS), tl.float32) + 1.0, tl.trans(keys), keys, PRECISION)
         weigh *= tl.where(mu[:, None] > mu[None, :], -tau, 0.0)
-        h = (w * w)[:, None] * x + w[:, None] * (w_b[:, None] - (value_columns - key_columns))
+        h = (w * w)[:, None] * x + w[:, None] * (w_b[:, None] - (values.to(tl.float32) - keys.to(tl.float32)))
         h = centre_columns(h, d, WIDTH, D)
         level = tl.sum(h * x, 0) * (1.0 / WIDTH)
 
@@ -233,7 +232,7 @@ def learn_back(
         flow = tl.zeros((D, ROWS), tl.float32) + dbias[:, None]
         if RESIDENT:
             store_columns(target, WIDTH, d, d, WIDTH, dweight, WIDTH)
-            flow = add_dot(flow, dweight, tl.trans(keys), PRECISION)
+            flow = add_dot(flow, dweight, keys, PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
@@ -287,8 +286,8 @@ def learn_back(
 
         dbias += tl.sum(dz + dread, 1)
         if RESIDENT:
-            dweight = add_dot(dweight, dz, keys, PRECISION)
-            dweight = add_dot(dweight, dread, queries, PRECISION)
+            dweight = add_dot(dweight, dz, tl.trans(keys), PRECISION)
+            dweight = add_dot(dweight, dread, tl.trans(queries), PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)

@@ -192,7 +192,7 @@ class MLPBatches:
 
     def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str) -> tuple[Array, ...]:
         """Output and last weights; ``how`` is the length of a mini-batch."""
-        call = Call(x, int(how), "bf16")
+        call = Call(x, int(how))
         y = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
         last = tuple(torch.empty_like(a) for a in call.first)
         call.learn(last, 0, y, None, (None,) * 7)
@@ -210,13 +210,13 @@ class MLPBatches:
         """Gradients of tokens, first weights and parameters."""
         from .ttt_mlp_backward import backward
 
-        return backward(Call(x, int(how), "parts"), x, dout)
+        return backward(Call(x, int(how)), x, dout)
 
 
 class Call:
     """Arguments that the kernels share."""
 
-    def __init__(self, x: tuple[Array, ...], chunk: int, half: str) -> None:
+    def __init__(self, x: tuple[Array, ...], chunk: int) -> None:
         self.q, self.k, self.v = (dense(a) for a in x[:3])
         self.beta, self.chunk = x[3], chunk
         self.first = tuple(a.float().contiguous() for a in x[4:8])
@@ -224,16 +224,16 @@ class Call:
         (self.rows, self.tokens, self.heads, self.width), self.group = self.v.shape, self.v.shape[2] // self.q.shape[2]
         self.programs = (self.rows * self.heads,)
         wide = max(32, block(self.width))
-        precision = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: half}[self.v.dtype]
+        precision = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "bf16"}[self.v.dtype]
         self.constants = {
             "WIDTH": self.width,
             "INNER": 4 * self.width,
             "D": wide,
-            "SLICE": 64 if wide <= 64 or precision == "bf16" else 32,
+            "SLICE": 32,
             "ROWS": max(32, block(chunk)),
             "CHUNK": chunk,
             "PRECISION": precision,
-            "num_warps": 4 if wide <= 64 else 8,
+            "num_warps": 8,
             "num_stages": 1,
         }
 
