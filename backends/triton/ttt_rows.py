@@ -32,8 +32,8 @@ NORM_EPS = tl.constexpr(1e-6)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-# Mini-batches of fewer tokens take a block of rows, and digits, of their own.
-SHORTEST = 4
+# Mini-batches of fewer tokens want more digits.
+SHORTEST = 16
 
 
 @triton.jit
@@ -343,19 +343,20 @@ def column_adjoint(de, h, x, level, w, gain, beta, inverse, d, WIDTH: tl.constex
     return dz
 
 
-def multiplied(problem: Problem, adjoint: bool) -> str:
-    """How products are computed; see ``add_dot``.
+def multiplied(problem: Problem, adjoint: bool, rates: bool = False) -> str:
+    """How products are computed; see ``add_dot``. ``rates`` asks for the gradient of ``token_scale``.
 
     bfloat16 asks less of y than of gradients: the layer norm makes y nearly blind to the size of E, so that the
-    gradients of beta and of the rates are what is left of sums that cancel. Two parts of bfloat16 keep what is left, as
-    three tf32 products do, which keep the digits that float16 has and one tf32 product has not. Mini-batches of a few
-    tokens learn so often from what they have just read that y, too, wants all digits.
+    gradients of beta and of the rates are what is left of sums that cancel. Two parts of bfloat16 keep beta's.
+    Three tf32 products keep what is left for the rates, and the digits that float16 has and one tf32 product has not.
+    Mini-batches of a few tokens learn so often from what they have just read that they want more digits throughout.
     """
     if problem.dtype == "float32":
         return precision(problem)
-    if problem.dtype == "float16":
+    short = problem.option["chunk_size"] < SHORTEST
+    if problem.dtype == "float16" or (adjoint and (short or rates)):
         return "tf32x3"
-    return "parts" if adjoint or problem.option["chunk_size"] < SHORTEST else "bf16"
+    return "parts" if adjoint or short else "bf16"
 
 
 @dataclass(frozen=True)
@@ -392,7 +393,7 @@ class Layout:
         a_token = 1 / full + (chunk > rows) / chunk + (2 / every if every else 0)
         spacing = max(1, int(1 / a_token))
         carry = chunk > rows or every > 0
-        multiply = multiplied(problem, adjoint)
+        multiply = multiplied(problem, adjoint, rates=x.get("token_scale") is not None)
         operand = torch.bfloat16 if multiply == "bf16" else torch.float32
         # Tiles of true float32 products, which no tensor core computes, must be small.
         wide, exact = operand == torch.float32, multiply == "ieee"
