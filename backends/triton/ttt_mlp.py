@@ -192,7 +192,7 @@ class MLPBatches:
 
     def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str) -> tuple[Array, ...]:
         """Output and last weights; ``how`` is the length of a mini-batch."""
-        call = Call(x, int(how), "bf16")
+        call = Call(x, int(how))
         y = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
         last = tuple(torch.empty_like(a) for a in call.first)
         call.learn(last, 0, y, None, (None,) * 7)
@@ -210,14 +210,13 @@ class MLPBatches:
         """Gradients of tokens, first weights and parameters."""
         from .ttt_mlp_backward import backward
 
-        # The gradient of the rates is what is left of sums that cancel.
-        return backward(Call(x, int(how), "bf16" if x[10] is None else "tf32x3"), x, dout)
+        return backward(Call(x, int(how)), x, dout)
 
 
 class Call:
     """Arguments that the kernels share."""
 
-    def __init__(self, x: tuple[Array, ...], chunk: int, half: str) -> None:
+    def __init__(self, x: tuple[Array, ...], chunk: int) -> None:
         self.q, self.k, self.v = (dense(a) for a in x[:3])
         self.beta, self.chunk = x[3], chunk
         self.first = tuple(a.float().contiguous() for a in x[4:8])
@@ -225,6 +224,8 @@ class Call:
         (self.rows, self.tokens, self.heads, self.width), self.group = self.v.shape, self.v.shape[2] // self.q.shape[2]
         self.programs = (self.rows * self.heads,)
         wide = max(32, block(self.width))
+        # The gradient of the rates is what is left of sums that cancel, by the same weights forward and backward.
+        half = "bf16" if self.scale is None else "parts"
         precision = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: half}[self.v.dtype]
         self.constants = {
             "WIDTH": self.width,
