@@ -40,6 +40,7 @@ from .ttt_rows import (
     Scratch,
     add_dot,
     add_product,
+    approach,
     centre_columns,
     column_adjoint,
     completed,
@@ -206,6 +207,14 @@ def learn_back(
         inverse = tl.load(inverse_ + token + i * heads, mask=i < rows, other=0.0)
         dread = load_columns(dread_ + token * WIDTH, out_row, i, d, rows, WIDTH)
         dwrite = load_columns(dwrite_ + token * WIDTH, out_row, i, d, rows, WIDTH)
+
+        behind = tl.minimum(i + 1, t)
+        approach(k + t * kt, kt, behind, D)
+        approach(q + t * qt, qt, behind, D)
+        approach(v + t * vt, vt, behind, D)
+        approach(x_ + token * WIDTH, out_row, behind, D)
+        approach(dread_ + token * WIDTH, out_row, behind, D)
+        approach(dwrite_ + token * WIDTH, out_row, behind, D)
 
         # What does not wait for dW.
         weigh = add_dot(tl.zeros((ROWS, ROWS), tl.float32) + 1.0, tl.trans(keys), keys, PRECISION)
