@@ -9,6 +9,7 @@
 Only the chain over mini-batches is sequential. A mini-batch that was begun before, or that does not end, is shorter.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -93,19 +94,24 @@ class _Batches:
         xp = self.xp = library.namespace
         self.library, self.backend, self.chunk, self.dtype = library, backend, chunk, library.dtype(inputs["v"])
         self.inputs, self.constants = inputs, constants
-        wide, heads = _wide(library, inputs["v"]), inputs["v"].shape[2]
-        self.tokens = {name: library.cast(a, wide) for name, a in inputs.items()}
-        for name in ("q", "k"):
-            a = self.tokens[name]
-            self.tokens[name] = a if a.shape[2] == heads else xp.repeat(a, heads // a.shape[2], axis=2)
-        scale = constants.get("token_scale")
-        self.scale = like(xp, 1.0 / np.arange(1, chunk + 1), self.tokens["v"]) if scale is None else scale
+        scale, one = constants.get("token_scale"), library.cast(inputs["v"][:1, :1], _wide(library, inputs["v"]))
+        self.scale = like(xp, 1.0 / np.arange(1, chunk + 1), one) if scale is None else scale
         self.norm = {n: constants[n][:, None] for n in ("norm_weight", "norm_bias") if constants.get(n) is not None}
+
+    @functools.cached_property
+    def tokens(self) -> dict[str, Array]:
+        """The inputs as the arithmetic wants them, a head of q and k for each of v."""
+        wide, heads = _wide(self.library, self.inputs["v"]), self.inputs["v"].shape[2]
+        found = {name: self.library.cast(a, wide) for name, a in self.inputs.items()}
+        for name in ("q", "k"):
+            a = found[name]
+            found[name] = a if a.shape[2] == heads else self.xp.repeat(a, heads // a.shape[2], axis=2)
+        return found
 
     def run(self, state: State, phase: int, resumed: bool) -> tuple[Array, State]:
         """Output and state, from a mini-batch of which ``phase`` tokens have passed; with sums that are not 0 if so."""
         xp, chunk = self.xp, self.chunk
-        weights, sums, count = state[:4], state[4:8], self.tokens["q"].shape[1]
+        weights, sums, count = state[:4], state[4:8], self.inputs["q"].shape[1]
         outputs, at = [], 0
         if phase or resumed:
             at = min(chunk - phase, count)

@@ -104,7 +104,7 @@ def learn(
     weight1, weight_sum1, bias1, bias_sum1, phase1, weight2, weight_sum2, bias2, bias_sum2, phase2,
     WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     EVERY: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr, RESIDENT: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """E of every token, the weights before every block, and the states that are returned: 1 the last, 2 checkpoints.
 
@@ -149,7 +149,7 @@ def learn(
 
     t, place, blocks = tl.zeros_like(first), begun, tl.zeros_like(first)
     rows = cut(t, place, length, CHUNK, ROWS, EVERY)
-    last_t = t
+    last_t, joined = t, rows * 0
     keys, values = load_columns(k, kt, i, d, rows, WIDTH), load_columns(v, vt, i, d, rows, WIDTH)
     strengths = tl.load(beta + i * long(bt, False), mask=i < rows, other=0.0).to(tl.float32)
     while t < length:
@@ -157,11 +157,14 @@ def learn(
         end = place + rows
         carried = (place > 0) | (t == 0)
         index = (slot * heads + head) * WIDTH
+        opens = blocks % JOIN == 0
         if head == 0:
-            tl.store(table + slot * 4, n)
-            tl.store(table + slot * 4 + 1, t)
-            tl.store(table + slot * 4 + 2, rows)
-            tl.store(table + slot * 4 + 3, place)
+            if opens:
+                tl.store(table + slot * 4, n)
+                tl.store(table + slot * 4 + 1, t)
+                tl.store(table + slot * 4 + 3, place)
+            joined = tl.where(opens, rows, joined + rows)
+            tl.store(table + slot * 4 + 2, joined)
         # The next block is on its way while this one is at work.
         at_t, at_place, at_rows = t + rows, end % CHUNK, cut(t + rows, end % CHUNK, length, CHUNK, ROWS, EVERY)
         next_keys = load_columns(k + at_t * kt, kt, i, d, at_rows, WIDTH)
@@ -174,18 +177,21 @@ def learn(
         weigh *= tl.where(mu[:, None] < mu[None, :], -tau, 0.0)
         pull = w[:, None] * (w_b[:, None] - (values.to(tl.float32) - keys.to(tl.float32)))
         pull = centre_columns(pull, d, WIDTH, D)
-        store_row(biases + index, d, bias, WIDTH)
+        if opens:
+            store_row(biases + index, d, bias, WIDTH)
 
         target = weights + index * WIDTH
         z = tl.zeros((D, ROWS), tl.float32) + bias[:, None]
         if RESIDENT:
-            store_columns(target, WIDTH, d, d, WIDTH, weight, WIDTH)
+            if opens:
+                store_columns(target, WIDTH, d, d, WIDTH, weight, WIDTH)
             z = add_dot(z, weight, keys, PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
                 tile = load_columns(work, WIDTH, s, d, WIDTH, WIDTH)
-                store_columns(target, WIDTH, s, d, WIDTH, tile, WIDTH)
+                if opens:
+                    store_columns(target, WIDTH, s, d, WIDTH, tile, WIDTH)
                 part = load_tile(k + t * kt, kt, i, s, rows, WIDTH)
                 z = add_dot(z, tile, tl.trans(part), PRECISION)
         if carried & (end > CHUNK):
@@ -263,7 +269,8 @@ def learn(
         keys, values, strengths = next_keys, next_values, next_strengths
         # Not `last_t = t`: Triton 3.6 then takes last_t for a constant, that of before the loop.
         last_t = tl.maximum(last_t, t)
-        t, place, rows, slot, blocks = at_t, at_place, at_rows, slot + 1, blocks + 1
+        t, place, rows, blocks = at_t, at_place, at_rows, blocks + 1
+        slot += tl.where(blocks % JOIN == 0, 1, 0)
 
     if head == 0:
         tl.store(counts + n, blocks)
@@ -367,7 +374,7 @@ def _run_learn(
             x["offsets"], first_marks(problem, x["offsets"]), s.T, s.H, s.H // s.G, at.spacing,
             found.table, found.counts, work, found.weights, found.sums, found.biases, found.bias_sums, found.write,
             *kept, *(out.get(f"{where}.{name}") for where in ("final", "checkpoint") for name in _FIELDS),
-            **at.constants, EVERY=problem.flags.checkpoint_every, RESIDENT=at.resident, **at.launch,
+            **at.constants, EVERY=problem.flags.checkpoint_every, RESIDENT=at.resident, JOIN=at.join, **at.launch,
         )  # fmt: skip
     return found
 
@@ -384,7 +391,7 @@ def _run_read(problem: Problem, at: Layout, x: Arrays, found: Scratch, y: Array)
         *place(dense(x.get("norm_weight")), 0), *place(dense(x.get("norm_bias")), 0), dense(x.get("token_scale")),
         x["offsets"], s.T, s.H, s.H // s.G,
         found.table, found.weights, found.sums, found.biases, found.bias_sums, found.write, y,
-        **at.constants, **at.launch,
+        **(at.constants | {"ROWS": at.join * at.constants["ROWS"]}), **at.launch,
     )  # fmt: skip
 
 
@@ -401,12 +408,10 @@ class TTTChunk(TritonKernel):
         return Support.yes()
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
-        """Rows of a block, of one mini-batch or of several."""
-        width = problem.widths[2]
+        """Rows of a block, of one mini-batch or of several; longer blocks were slower on an H200."""
         rows = 16 if multiplied(problem, adjoint=False) == "ieee" else 32
-        best = rows, 4 if width <= 64 else 8
-        others = ((rows, warps) for rows in (rows, 2 * rows) for warps in (4, 8) if (rows, warps) != best)
-        return tuple({"rows": rows, "num_warps": warps, "num_stages": 1} for rows, warps in (best, *others))
+        warps = (4, 8) if problem.widths[2] <= 64 else (8, 4)
+        return tuple({"rows": rows, "num_warps": n, "num_stages": 1} for n in warps)
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""

@@ -231,11 +231,11 @@ class Call:
             "WIDTH": self.width,
             "INNER": 4 * self.width,
             "D": wide,
-            "SLICE": 32,
+            "SLICE": 64 if wide <= 64 else 32,
             "ROWS": max(32, block(chunk)),
             "CHUNK": chunk,
             "PRECISION": precision,
-            "num_warps": 8,
+            "num_warps": 4 if wide <= 64 else 8,
             "num_stages": 1,
         }
 

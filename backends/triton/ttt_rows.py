@@ -26,6 +26,7 @@ from mixers.backend import Config
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
+from .blocks import upper_bits
 from .kernel import INTERPRETED, block, dense, precision
 
 NORM_EPS = tl.constexpr(1e-6)
@@ -172,14 +173,20 @@ def copy(source, start, stride, target, WIDTH: tl.constexpr, D: tl.constexpr, SL
 @triton.jit
 def add_dot(sums, a, b, PRECISION: tl.constexpr):
     """``sums + A B``. "parts" takes float32 matrices as sums of two in bfloat16; inputs in bfloat16 have one part."""
-    if PRECISION == "bf16" or PRECISION == "parts":
-        left, right = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        sums = tl.dot(left, right, sums)
-        if PRECISION == "parts":
-            if a.dtype != tl.bfloat16:
-                sums = tl.dot((a - left.to(tl.float32)).to(tl.bfloat16), right, sums)
-            if b.dtype != tl.bfloat16:
-                sums = tl.dot(left, (b - right.to(tl.float32)).to(tl.bfloat16), sums)
+    if PRECISION == "bf16":
+        sums = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
+    elif PRECISION == "parts":
+        # Bits are cut off, not rounded: rounding one number at a time is what a GPU does slowest.
+        left, right = a, b
+        if a.dtype != tl.bfloat16:
+            left = upper_bits(a, tl.bfloat16)
+        if b.dtype != tl.bfloat16:
+            right = upper_bits(b, tl.bfloat16)
+        sums = tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16), sums)
+        if a.dtype != tl.bfloat16:
+            sums = tl.dot((a - left).to(tl.bfloat16), right.to(tl.bfloat16), sums)
+        if b.dtype != tl.bfloat16:
+            sums = tl.dot(left.to(tl.bfloat16), (b - right).to(tl.bfloat16), sums)
     else:
         sums = tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision=PRECISION)
     return sums
@@ -376,6 +383,7 @@ class Layout:
 
     Attributes:
         constants: the ``constexpr`` arguments that all kernels share.
+        join: blocks of ``learn`` that are one to ``read``, which wants fewer weights.
         operand: the dtype of W and E in scratch.
         slots: blocks of all sequences, and a few to spare.
         spacing: tokens between a sequence's slots, at least.
@@ -384,6 +392,7 @@ class Layout:
     """
 
     constants: dict[str, Any]
+    join: int
     operand: torch.dtype
     slots: int
     spacing: int
@@ -401,9 +410,10 @@ class Layout:
         )
         full = min(max(rows // chunk, 1) * chunk, rows)
         # Blocks that are cut short: at the end of a long mini-batch, before and behind a checkpoint.
-        a_token = 1 / full + (chunk > rows) / chunk + (2 / every if every else 0)
-        spacing = max(1, int(1 / a_token))
         carry = chunk > rows or every > 0
+        join = 1 if adjoint or carry else 2
+        a_token = 1 / (join * full) + (chunk > rows) / chunk + (2 / every if every else 0)
+        spacing = max(1, int(1 / a_token))
         multiply = multiplied(problem, adjoint, rates=x.get("token_scale") is not None)
         operand = torch.bfloat16 if multiply == "bf16" else torch.float32
         # Tiles of true float32 products, which no tensor core computes, must be small.
@@ -421,7 +431,7 @@ class Layout:
         }
         launch = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
         widest = 64 if exact else 128
-        return cls(constants, operand, s.B * (s.T // spacing) + 2 * s.N, spacing, widest >= s.K, launch)
+        return cls(constants, join, operand, s.B * (s.T // spacing) + 2 * s.N, spacing, widest >= s.K, launch)
 
 
 def _aligned(x: Arrays) -> bool:
