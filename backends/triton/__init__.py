@@ -41,7 +41,7 @@ class TritonBackend:
 
     def primitives(self) -> dict[str, Any]:
         """Kernels that compositions call; see ``mixers.packed``."""
-        names = ("packed_attention", "predictive_delta")
+        names = ("packed_attention", "predictive_delta", "ttt_mlp")
         return {name: import_module(f".{name}", __package__).PRIMITIVE for name in names}
 
     def compile_only(self, capability: int) -> None:

@@ -103,7 +103,9 @@ class Torch:
         if x["offsets"] is not None and x["offsets"].device.type == "cpu":
             check_offsets(x["offsets"].numpy(), call.sizes.T)
         if x.get(f"initial.{call.spec.state(call.options).fields[0].name}") is None:
-            x |= _first_state(call)
+            if torch.compiler.is_compiling():
+                return x | _first_state(call)
+            return with_first_state(call.problem(), x)
         return x
 
     def call(self, mixer: Mixer, **arguments: Any) -> Result:
