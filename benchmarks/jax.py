@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mixers.autotune.key import FORWARD
 
 import mixers
 from benchmarks.case import TRAIN, Case
 from benchmarks.peers.jax_scan import lattice_chunked, lattice_token, over_tokens
-from mixers.autotune.key import FORWARD
 from mixers.cases import Setting, draw
 
 Arrays = dict[str, jax.Array]

@@ -30,6 +30,7 @@ from .kernel import NumbaKernel
 from .lattice import KERNELS as LATTICE
 from .lattice_chunk import KERNELS as LATTICE_CHUNK
 
+
 def _handler(kernel: Any, dtype: Any) -> Any:
     """A C function that XLA calls, for a compiled kernel in one dtype."""
     kinds = kernel._types(dtype)[2:]

@@ -104,7 +104,10 @@ _Fill = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_uint8, ctypes.
 
 def handler(start: Any, fill: Any, stream_of: Any) -> Any:
     """A C function for XLA, from C functions as the driver's ``cuLaunchKernel`` and ``cuMemsetD8Async``."""
-    introduced, failed = ffi.introduced(), ffi.failure("a Triton kernel did not start: unknown, or refused by the driver")
+    introduced, failed = (
+        ffi.introduced(),
+        ffi.failure("a Triton kernel did not start: unknown, or refused by the driver"),
+    )
     int64_at, put_int64, words = ffi.int64_at, ffi.put_int64, ffi.words
     args_count, args, results, attributes = ffi.ARGS_COUNT, ffi.ARGS, ffi.RESULTS, ffi.ATTRIBUTES
     array_data, buffer_data, table = ffi.ARRAY_DATA, ffi.BUFFER_DATA, _kernels.ctypes.data
@@ -337,6 +340,11 @@ def _key(tensor: torch.Tensor) -> int:
     return key
 
 
+def _offset(tensor: torch.Tensor) -> int:
+    """Bytes before a tensor's first number."""
+    return int(tensor.storage_offset()) * tensor.element_size()
+
+
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -354,11 +362,14 @@ def _written(noted: list[Operation], buffers: dict[int, int]) -> np.ndarray:
     for operation in noted:
         if isinstance(operation, Zeros):
             tensor = operation.tensor
-            size = tensor.element_size()
-            numbers += [_ZEROS, buffers[_key(tensor)], tensor.storage_offset() * size, tensor.numel() * size]
+            numbers += [_ZEROS, buffers[_key(tensor)], _offset(tensor), tensor.numel() * tensor.element_size()]
             continue
         key, threads, shared = operation.compiled
-        arguments = [_argument(operation.arguments[n], kind, buffers) for n, kind in operation.types.items() if kind != "constexpr"]
+        arguments = [
+            _argument(operation.arguments[n], kind, buffers)
+            for n, kind in operation.types.items()
+            if kind != "constexpr"
+        ]
         arguments += [(_NUMBER, 0)] * 2  # memory of a kernel's own, and a profiler's: none
         assert len(arguments) <= _MOST
         grid = (*operation.grid, 1, 1)[:3]
@@ -369,7 +380,7 @@ def _written(noted: list[Operation], buffers: dict[int, int]) -> np.ndarray:
 def _argument(value: Any, kind: str, buffers: dict[int, int]) -> tuple[int, int]:
     """A buffer and an offset, or the bits of a number."""
     if isinstance(value, torch.Tensor):
-        return buffers[_key(value)], value.storage_offset() * value.element_size()
+        return buffers[_key(value)], _offset(value)
     if kind in ("fp32", "f32"):
         return _NUMBER, struct.unpack("<i", struct.pack("<f", value))[0]
     if kind[0] not in "iu":

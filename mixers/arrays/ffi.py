@@ -190,4 +190,5 @@ _texts: list[Any] = []
 def register(name: str, handler: Any, platform: str) -> None:
     """Make a compiled C function known to XLA; the caller keeps it."""
     pointer = ctypes.cast(handler.address, ctypes.c_void_p)
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(pointer), platform=platform)
+    capsule = jax.ffi.pycapsule(pointer)  # type: ignore[no-untyped-call]
+    jax.ffi.register_ffi_target(name, capsule, platform=platform)
