@@ -104,10 +104,8 @@ _Fill = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_uint8, ctypes.
 
 def handler(start: Any, fill: Any, stream_of: Any) -> Any:
     """A C function for XLA, from C functions as the driver's ``cuLaunchKernel`` and ``cuMemsetD8Async``."""
-    introduced, failed = (
-        ffi.introduced(),
-        ffi.failure("a Triton kernel did not start: unknown, or refused by the driver"),
-    )
+    introduced = ffi.introduced()
+    failed = ffi.failure("a Triton kernel did not start: unknown, or refused by the driver")
     int64_at, put_int64, words = ffi.int64_at, ffi.put_int64, ffi.words
     args_count, args, results, attributes = ffi.ARGS_COUNT, ffi.ARGS, ffi.RESULTS, ffi.ATTRIBUTES
     array_data, buffer_data, table = ffi.ARRAY_DATA, ffi.BUFFER_DATA, _kernels.ctypes.data
@@ -280,7 +278,7 @@ class Tape(TorchDispatchMode):
         """torch was asked for something, of a tensor that has no memory."""
         found = function(*args, **(options or {}))
         name = function._schema.name.removeprefix("aten::")
-        if name in _VIEWS:
+        if function.is_view or name == "_unsafe_view":
             return found
         if name in _BLANK or name in _FILLED:
             self._whole.setdefault(_key(found), found)
@@ -318,11 +316,7 @@ class Tape(TorchDispatchMode):
 
 _ONE_BY_ONE: Any = {"vmap_method": "sequential"}
 
-# What torch may be asked for: views, memory, memory with zeros, and what JAX computes instead.
-_VIEWS = frozenset(
-    ("view", "_unsafe_view", "expand", "select", "slice", "transpose", "permute", "squeeze", "unsqueeze", "unbind")
-    + ("as_strided", "detach", "alias", "t", "_reshape_alias")
-)
+# What torch may be asked for beside views: memory, memory with zeros, and what JAX computes instead.
 _BLANK = frozenset(("empty", "empty_like", "empty_strided", "new_empty"))
 _FILLED = frozenset(("zeros", "zeros_like", "new_zeros", "zero_"))
 _COMPUTED: dict[str, Callable[..., Array]] = {
