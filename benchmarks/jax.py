@@ -87,18 +87,20 @@ def wait(result: Any) -> None:
         jax.block_until_ready(result)
 
 
-def peers(name: str, shape: tuple[int, ...], chunk: int) -> dict[str, Callable[[Arrays], jax.Array]]:
+def peers(name: str, shape: tuple[int, ...], chunk: int, backward: bool) -> dict[str, Callable[[Arrays], jax.Array]]:
     """What one writes in JAX instead."""
     if name != "lattice":
         return {}
     option = {"objective": "decoding", "read_norm": True, "scale": 1.0, "chunk_size": chunk}
+    if chunk == 1 and shape[0] > 1 and backward:
+        return {}  # a differentiated scan keeps every token's slots: tens of gigabytes
     function, title = (over_tokens(lattice_token), "lax.scan") if chunk == 1 else (lattice_chunked, "naive chunks")
     batch, _, heads, keys, values = shape
     first = jnp.asarray(mixers.get("lattice").init_state(batch, heads, keys, values))
     return {title: lambda x: function(x, (first,), option)[0]}
 
 
-def fla(name: str, shape: tuple[int, int, int, int, int], dtype: str, backward: bool, x: Arrays) -> dict[str, Run]:
+def beside(name: str, shape: tuple[int, int, int, int, int], dtype: str, backward: bool, x: Arrays) -> dict[str, Run]:
     """fla's kernel on torch tensors of the same numbers; nothing where it is not installed, or not asked for."""
     if name == "lattice" or jax.default_backend() != "gpu":
         return {}
@@ -132,11 +134,14 @@ def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--mixers", nargs="+", help="some of those above")
     parser.add_argument("--backends", nargs="+", help="of ours; those that are best here by default")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = []
     for name, chunk, shape, dtype, preferred in cases():
+        if options.mixers and name not in options.mixers:
+            continue
         backends = options.backends or preferred
         x = inputs(name, shape, dtype)
         given = {"chunk_size": chunk} if name == "lattice" else {}
@@ -145,11 +150,11 @@ def main() -> None:
             ours = {b: mixers.get(name, backend=b, **given) for b in backends if mixers.backend_status()[b]}
             functions: dict[str, Any] = {
                 b: lambda x, mix=mix: mix(**x, return_state=False).y for b, mix in ours.items()
-            } | peers(name, shape, chunk)
+            } | peers(name, shape, chunk, backward)
             for title, function in functions.items():
                 with jax.default_matmul_precision("highest"):
                     runs[title], seconds[title] = compiled(function, x, backward)
-            runs |= fla(name, shape, dtype, backward, x)
+            runs |= beside(name, shape, dtype, backward, x)
             found = times(runs, options.rounds)
             row = {
                 "mixer": name,
