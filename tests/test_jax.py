@@ -41,8 +41,8 @@ def test_jit_grad_and_vmap_agree_with_numpy(name: str) -> None:
     alone = jax.vmap(lambda x: mix(**{n: a[None] for n, a in x.items()}).y[0])(x)
     np.testing.assert_allclose(alone, wanted, rtol=0, atol=1e-5)
 
-    # A step along the gradient, so that jit of grad is what runs, changes a sum by the gradient's square.
-    gradient = jax.jit(jax.grad(lambda x: mix(**x).y.sum()))(x)
+    # A step along the gradient changes a sum by the gradient's square.
+    gradient = jax.grad(lambda x: mix(**x).y.sum())(x)
     assert set(gradient) == set(x)
     square = sum(float(jnp.sum(g * g)) for g in gradient.values())
     step = 1e-2 / square**0.5
@@ -128,7 +128,7 @@ def test_kernels_under_transformations(backend: str, name: str) -> None:
 
     gradient = jax.jit(jax.grad(jax.checkpoint(loss)))
     got = gradient(x)
-    wanted = jax.jit(jax.grad(lambda x: jnp.sum(reference(**x).y ** 2)))(x)
+    wanted = jax.grad(lambda x: jnp.sum(reference(**x).y ** 2))(x)
     for name_, g in wanted.items():
         np.testing.assert_allclose(got[name_], g, rtol=0, atol=2e-5)
     before = len(traces)
@@ -137,8 +137,22 @@ def test_kernels_under_transformations(backend: str, name: str) -> None:
 
     alone = jax.vmap(lambda x: mix(**{n: a[None] for n, a in x.items()}).y[0])(x)
     np.testing.assert_allclose(alone, reference(**x).y, rtol=0, atol=2e-5)
+    mesh, heads = jax.sharding.Mesh(jax.devices()[:1], ("h",)), jax.sharding.PartitionSpec(None, None, "h")
+    whole = {n: jnp.repeat(a, 2, axis=2) if n in ("q", "k") else a for n, a in x.items()}
+    run = jax.shard_map(lambda x: mix(**x).y, mesh=mesh, in_specs=(dict.fromkeys(x, heads),), out_specs=heads)
+    np.testing.assert_allclose(jax.jit(run)(whole), reference(**x).y, rtol=0, atol=2e-5)
     shapes = jax.eval_shape(lambda x: mix(**x), x)
     assert (shapes.y.shape, shapes.state.shape) == (x["v"].shape, (2, 2, 3, 4))
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "lattice", "ttt_linear"])
+def test_what_is_compiled_does_not_grow_with_length(name: str) -> None:
+    """Forward and backward of a kernel are one body, however many chunks there are."""
+    mix, sizes = mixers.get(name, backend="jax"), []
+    for tokens in (256, 4096):
+        x = {n: jax.ShapeDtypeStruct((1, tokens, *a.shape[2:]), a.dtype) for n, a in inputs(name).items()}
+        sizes.append(len(str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(mix(**x).y)))(x))))
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 def test_kernels_take_traced_offsets() -> None:
