@@ -1,6 +1,6 @@
 """JAX arrays: our kernels beside what one writes in JAX, in one process, as ratios.
 
-python -m benchmarks.jax [--rounds 15] [--out benchmarks/results/jax.json]
+python -m benchmarks.jax [--rounds 15] [--mixers lattice] [--compile] [--out benchmarks/results/jax.json]
 
 On a CPU: exact Lattice and Lattice in chunks of 16, forward and with backward, at (1,1024,8,64,64), beside a jitted
 ``lax.scan`` over tokens and over chunks. On a GPU: the same at (8,2048,16,64,64), and the delta rule in bfloat16 at
@@ -130,16 +130,32 @@ def cases() -> list[tuple[str, int, tuple[int, int, int, int, int], str, tuple[s
     ]
 
 
+def compile_seconds() -> list[dict[str, Any]]:
+    """How long a layer's mixer takes to compile, forward and backward, at two lengths: from shapes, nothing runs."""
+    rows = []
+    for name, chunk in (("lattice", 1), ("lattice", 16), ("delta_rule", 1), ("kda", 1), ("ttt_linear", 16)):
+        mix = mixers.get(name, **({"chunk_size": chunk} if chunk > 1 else {}))
+        for tokens in (1024, 65536):
+            x = jax.eval_shape(lambda name=name, tokens=tokens: inputs(name, (1, tokens, 8, 64, 64), "float32"))
+            start = time.perf_counter()
+            jax.jit(jax.value_and_grad(lambda x, mix=mix: mix(**x).y.sum())).lower(x).compile()
+            seconds = time.perf_counter() - start
+            rows.append({"mixer": name, "chunk": chunk, "tokens": tokens, "seconds": seconds})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="how long compiling takes, and nothing else")
     parser.add_argument("--mixers", nargs="+", help="some of those above")
     parser.add_argument("--backends", nargs="+", help="of ours; those that are best here by default")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = []
-    for name, chunk, shape, dtype, preferred in cases():
+    rows = compile_seconds() if options.compile else []
+    for name, chunk, shape, dtype, preferred in [] if options.compile else cases():
         if options.mixers and name not in options.mixers:
             continue
         backends = options.backends or preferred

@@ -36,31 +36,28 @@ def _handler(kernel: Any, dtype: Any) -> Any:
     kinds = kernel._types(dtype)[2:]
     (result,) = kernel.compiled(dtype).overloads.values()
     address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
-    names = {"introduced": ffi.introduced(), "int64_at": ffi.int64_at, "pointer": ffi.pointer}
-    names |= {"_call": _call, "carray": numba.carray, "address": address, "np": np}
-    names |= {"real": getattr(numba, np.dtype(dtype).name), "int32": numba.int32}
+    names = {"introduced": ffi.introduced(), "int64_at": ffi.int64_at, "_call": _call, "address": address, "np": np}
     lines = [
         "def handler(frame):",
         "    if introduced(frame):",
         "        return 0",
         f"    args, results = int64_at(frame + {ffi.ARGS}), int64_at(frame + {ffi.RESULTS})",
     ]
+    real = getattr(types, np.dtype(dtype).name)
 
-    def take(name: str, source: str, place: int, ndim: int, kind: str) -> None:
-        lines.append(f"    buffer = int64_at({source} + {8 * place})")
-        lines.append(f"    dims = int64_at(buffer + {ffi.BUFFER_DIMS})")
-        shape = ", ".join(f"int64_at(dims + {8 * axis})" for axis in range(ndim))
-        lines.append(f"    {name} = carray(pointer(int64_at(buffer + {ffi.BUFFER_DATA}), {kind}), ({shape},))")
+    def take(name: str, source: str, place: int, ndim: int, kind: Any) -> None:
+        names[f"{kind}_{ndim}"] = ffi.array_at(kind, ndim)
+        lines.append(f"    {name} = {kind}_{ndim}({source} + {8 * place})")
 
-    take("whole", "args", 0, 1, "int32")
-    take("reals", "args", 1, 1, "real")
+    take("whole", "args", 0, 1, types.int32)
+    take("reals", "args", 1, 1, real)
     inputs, outputs, numbers, fractions, values = 2, 0, 2, 0, []
     for i, kind in enumerate(kinds):
         if isinstance(kind, types.Array):
             index = kind.dtype == types.int64
             written = kind.mutable
             place, source = (outputs, "results") if written else (inputs, "args")
-            take(f"a{i}", source, place, kind.ndim, "int32" if kind.dtype in (types.int32, types.int64) else "real")
+            take(f"a{i}", source, place, kind.ndim, types.int32 if kind.dtype in (types.int32, types.int64) else real)
             if index:
                 lines.append(f"    a{i} = a{i}.astype(np.int64)")
             outputs, inputs = outputs + written, inputs + (not written)

@@ -16,6 +16,7 @@ import numba
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 # Offsets in XLA_FFI_CallFrame, XLA_FFI_Buffer, XLA_FFI_Array and XLA_FFI_Api.
 API, CONTEXT, ARGS_COUNT, ARGS, RESULTS, ATTRIBUTES = 16, 24, 56, 72, 112, 160
@@ -74,15 +75,33 @@ def put_int32(context, address, value):  # type: ignore[no-untyped-def]
     return types.void(types.int64, types.int64), emit
 
 
-@intrinsic
-def pointer(context, address, kind):  # type: ignore[no-untyped-def]
-    """An address as a pointer to numbers of a kind."""
-    found = types.CPointer(kind.dtype)
+@functools.cache
+def array_at(dtype: Any, ndim: int) -> Any:
+    """``array(place)``: the XLA_FFI_Buffer whose address stands at a place, as an array of Numba's."""
+    kind = types.Array(dtype, ndim, "C")
 
-    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(values[0], context.get_value_type(found))
+    @intrinsic
+    def array(context, place):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+            def word(address, offset):  # type: ignore[no-untyped-def]
+                pointer = builder.inttoptr(address, cgutils.intp_t.as_pointer())
+                return builder.load(builder.gep(pointer, [cgutils.intp_t(offset // 8)]))
 
-    return found(address, kind), emit
+            buffer = word(values[0], 0)
+            dims = word(buffer, BUFFER_DIMS)
+            shape = [word(dims, 8 * axis) for axis in range(ndim)]
+            item = cgutils.intp_t(context.get_abi_sizeof(context.get_data_type(dtype)))
+            strides = [item]
+            for length in shape[:0:-1]:
+                strides.insert(0, builder.mul(strides[0], length))
+            data = builder.inttoptr(word(buffer, BUFFER_DATA), context.get_data_type(dtype).as_pointer())
+            found = context.make_array(kind)(context, builder)
+            populate_array(found, data, shape, strides[:ndim], item, None)
+            return found._getvalue()
+
+        return kind(types.int64), emit
+
+    return array
 
 
 @intrinsic(prefer_literal=True)
