@@ -83,7 +83,7 @@ def array_at(dtype: Any, ndim: int) -> Any:
     @intrinsic
     def array(context, place):  # type: ignore[no-untyped-def]
         def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-            def word(address, offset):  # type: ignore[no-untyped-def]
+            def word(address: Any, offset: int) -> Any:
                 pointer = builder.inttoptr(address, cgutils.intp_t.as_pointer())
                 return builder.load(builder.gep(pointer, [cgutils.intp_t(offset // 8)]))
 
