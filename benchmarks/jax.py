@@ -10,6 +10,7 @@ take some 20 ms, and waits for the last, so that starting a call from Python doe
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -101,16 +102,23 @@ def peers(name: str, shape: tuple[int, ...], chunk: int, backward: bool) -> dict
 
 
 def beside(name: str, shape: tuple[int, int, int, int, int], dtype: str, backward: bool, x: Arrays) -> dict[str, Run]:
-    """fla's kernel on torch tensors of the same numbers; nothing where it is not installed, or not asked for."""
+    """fla's kernel on torch tensors of the same numbers; nothing where it is not installed, or not asked for.
+
+    Its tuner is given less time a configuration, as in ``benchmarks.gpu``.
+    """
     if name == "lattice" or jax.default_backend() != "gpu":
         return {}
     try:
+        from triton.runtime import driver
+        from triton.testing import do_bench
+
         from benchmarks.peers.fla import peers
     except ImportError:
         return {}
+    driver.active.get_benchmarker = lambda: functools.partial(do_bench, warmup=5, rep=20)
     case = Case(name, *shape, kind=TRAIN if backward else FORWARD, dtype=dtype, device="cuda")
     (peer,) = (peer for peer in peers("cuda") if peer.mixer == name)
-    arrays = {n: np.asarray(a, np.float32) for n, a in x.items()}
+    arrays = {n: np.array(a, np.float32) for n, a in x.items()}
     return {f"fla {peer.version}": peer.build(case, arrays | {"dy": np.ones(arrays["v"].shape, np.float32)})}
 
 

@@ -94,9 +94,7 @@ def forward(
             later_query = vector(q, i, t + 2, q_t, length, K)
         if KEEP and t % SEGMENT == 0:
             put_slab(kept + ((base + t // SEGMENT) * heads + h) * K * V, s, i, j, K, V)
-        s, rho, _, _ = turn_token(
-            t, s, p, key, value, strength, g, g_t, first_slots, K, V, BK, BV, OBJECTIVE, GATED
-        )
+        s, rho, _, _ = turn_token(t, s, p, key, value, strength, g, g_t, first_slots, K, V, BK, BV, OBJECTIVE, GATED)
         if KEEP:
             if OBJECTIVE == DECODING:
                 p = tl.sum(s * next_key[:, None], 0)

@@ -143,10 +143,10 @@ def row_sums(x, y):
 @triton.jit
 def strength_of(beta, beta_t, t, length, i, K: tl.constexpr, PER_SLOT: tl.constexpr):
     """beta of token t, a number a slot; zeros behind the last token."""
-    beta += tl.cast(t, tl.int64) * beta_t
     if PER_SLOT:
-        return tl.load(beta + i, mask=(i < K) & (t < length), other=0).to(tl.float32)
-    return tl.load(beta, mask=t < length, other=0).to(tl.float32) + tl.zeros(i.shape, tl.float32)
+        return vector(beta, i, t, beta_t, length, K)
+    one = tl.load(beta + tl.cast(t, tl.int64) * beta_t, mask=t < length, other=0).to(tl.float32)
+    return one + tl.zeros(i.shape, tl.float32)
 
 
 @triton.jit
