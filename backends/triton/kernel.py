@@ -16,8 +16,6 @@ from mixers.backend import Kernel, Place, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from . import backend
-
 WIDEST = 256
 OLDEST = (3, 2)
 
@@ -65,11 +63,11 @@ class TritonKernel(Kernel):
 def _place(problem: Problem) -> Support:
     """Whether the tensors are where Triton runs, or where its interpreter does."""
     if INTERPRETED:
-        return Place(backend.place.libraries, ("cpu",)).holds(problem)
+        return Place(("torch",), ("cpu",)).holds(problem)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST:
         return Support.no(f"needs Triton {'.'.join(map(str, OLDEST))} or newer, and this is {triton.__version__}")
-    return backend.place.holds(problem)
+    return Place(("torch",), ("cuda",)).holds(problem)
 
 
 def _uneven(problem: Problem) -> Support:
