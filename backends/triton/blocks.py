@@ -151,15 +151,20 @@ def between(g, BT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def pair_decays(g, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
+def falling(total):
+    """``e^{G_i−G_j}`` for every pair ``i ≥ j`` of a running sum ``G [BT]`` that never rises; 1 above."""
+    return tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
+
+
+@triton.jit
+def pair_decays(g, total, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
     """``e^{Σ_{j<m≤i} g_m}`` for every pair ``i ≥ j``, from ``g [BT]``; 1 or less above.
 
-    bfloat16 takes differences of one running sum, which is cheaper: it never falls below BT · LEAST_HALF, where its
-    last bit is an eighth of one of bfloat16's.
+    bfloat16 takes differences of one running sum, ``total [BT]`` of ``running``, which is cheaper: it never falls below
+    BT · LEAST_HALF, where its last bit is an eighth of one of bfloat16's.
     """
     if operand == tl.bfloat16:
-        total = tl.cumsum(tl.maximum(g, LEAST_HALF), axis=0)
-        return tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
+        return falling(total)
     return tl.exp(between(g[:, None], BT, PRECISION))
 
 

@@ -79,8 +79,7 @@ class Cut:
         self.marks = first_marks(problem, x["offsets"])
         self.precision = precision(problem) if problem.dtype == "float32" else "tf32"
         self.warps = 4 if q.element_size() == 2 else 8
-        self.inward: Any = None
-        self.outward: Any = None
+        self.inward, self.outward, self.total = (self.scalars() if self.decay == 1 else None for _ in range(3))
         self.fade: Any = None
         self.pairs: Any = None
         self.p: Any = None
@@ -122,35 +121,45 @@ class Cut:
             found |= {"V": s.V, "BV": block_v}
         return found | {"PACKED": self.problem.packed, "CHECKPOINTS": self.every > 0}
 
-    def prepare(self) -> None:
-        """A, P and decays of every chunk."""
+    def sum_decays(self) -> None:
+        """What one decay a head leaves of a state from token to token of a chunk."""
+        if self.decay == 1:
+            heads = self.problem.sizes.H
+            block_h = min(16, triton.next_power_of_2(heads))
+            forwards.running[(self.rows * triton.cdiv(heads, block_h),)](
+                *place(self.g, 0, 1, 2), self.inward, self.outward, self.total, self.offsets, *self.lengths(),
+                BT=self.block_t, BH=block_h, PACKED=self.problem.packed, CHECKPOINTS=self.every > 0, num_warps=4,
+            )  # fmt: skip
+
+    def prepare(self, absorb: bool = False) -> None:
+        """A and P of every chunk; P A instead of P for who reads what is missing, and not what is written."""
         grid = (self.rows * self.problem.sizes.H,)
         self.p = self.scratch(self.block_t)
         self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         if self.decay == 2:
             self._fold(grid)
         else:
-            if self.decay == 1:
-                self.inward, self.outward = self.scalars(), self.scalars()
             forwards.scores[grid](
                 *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.p, self.pairs, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
+                self.p, self.pairs, self.total, self.offsets, *self.lengths(), self.scale,
                 **self.constants(self.wide[0]), DELTA=self.delta, DECAY=self.decay, PRECISION=self.precision,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
         if self.delta:
-            self._solve(grid[0])
+            self._solve(grid[0], absorb)
 
-    def _solve(self, programs: int) -> None:
+    def _solve(self, programs: int, absorb: bool) -> None:
         """A from the pairs, which a decay a channel needs again."""
         self.a = self.scratch(self.block_t)
         blocks = self.block_t // 16
         diagonal = self.scratch(16, torch.float32)
-        shared = *place(self.beta, 0, 1, 2), self.pairs, diagonal, self.a, self.offsets, *self.lengths()
+        given, where = (*place(self.beta, 0, 1, 2), self.pairs, diagonal), (self.offsets, *self.lengths())
         constants = self.constants() | {"PRECISION": self.precision}
         del constants["K"], constants["BK"]
-        forwards.invert[(programs * blocks,)](*shared, **constants, num_warps=1, num_stages=1)
-        forwards.substitute[(programs * (blocks - 1),)](*shared, **constants, num_warps=1, num_stages=1)
+        forwards.invert[(programs * blocks,)](*given, self.a, *where, **constants, num_warps=1, num_stages=1)
+        forwards.substitute[(programs * (blocks - 1),)](*given, self.a, *where, **constants, num_warps=1, num_stages=1)
+        if absorb:
+            forwards.absorb[(programs * blocks,)](*given, self.p, *where, **constants, num_warps=1, num_stages=1)
         if self.decay < 2:
             self.pairs = None  # as large as q, k and v: later scratch takes its place
 
@@ -194,15 +203,15 @@ class Cut:
         s, block_v = self.problem.sizes, config["block_v"]
         if not fused:
             self.spell_out(exact)
-        w, u = (self.keys_in if self.delta else None, self.v) if fused else (self.w, self.u)
+        w, u = (self.keys_in if self.decay == 2 else None, self.v) if fused else (self.w, self.u)
         states = None if fused else self.states()
         written = self.scratch(s.V, torch.float32 if exact else None) if self.delta and not fused else None
         checkpoints, last = out.get("checkpoint.state"), out.get("final.state")
         _, _, per, every, heads, group = self._lengths_of(self.k)
         forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](
             *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(u, 0, 1, 2), *place(w, 0, 1, 2),
-            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.fade,
-            *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
+            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.total,
+            self.fade, *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
             self.marks, s.T, per, every, heads, group, self.scale,
             **self.constants(0, block_v), DELTA=self.delta, DECAY=self.decay, FUSED=fused,
             MARKED=checkpoints is not None, STORE=last is not None, PRECISION=self.precision,
@@ -214,8 +223,8 @@ class Cut:
         """Outputs of all chunks from their first states."""
         s, (block_k, block_v) = self.problem.sizes, self.wide
         forwards.outputs[(self.rows * s.H * triton.cdiv(s.V, block_v),)](
-            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2), self.p, self.inward, states, y,
-            self.offsets,
+            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2), self.p, self.inward,
+            self.total, states, y, self.offsets,
             *self._lengths_of(self.k), self.scale,
             **self.constants(block_k, block_v), DECAY=self.decay, PRECISION=self.precision, num_warps=4,
             num_stages=1,
@@ -235,6 +244,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     cut = Cut(problem, x, config["block_t"])
     if not s.N * s.H:
         return
+    cut.sum_decays()
     cut.prepare()
     states, written = cut.chain(config, False, {}, None)
     dy = dout.get("y")
@@ -277,8 +287,8 @@ def _side_by_side(
     adjoint.chunks_back[(cut.rows * s.H,)](
         *place(cut.q, 0, 1, 2), *place(cut.keys_in, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(cut.beta, 0, 1, 2),
         *place(cut.g, 0, 1, 2), *place(written, 0, 1, 2), *place(dy, 0, 1, 2), cut.pairs, cut.a, states, dstates,
-        dwritten, cut.inward, cut.outward, cut.fade, dq_met, dk_met, dkeys_in, dx["v"], dx.get("beta"), dg, dp, dn,
-        dfade, cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale,
+        dwritten, cut.inward, cut.outward, cut.total, cut.fade, dq_met, dk_met, dkeys_in, dx["v"], dx.get("beta"), dg,
+        dp, dn, dfade, cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale,
         **cut.constants(*cut.wide), DELTA=cut.delta, DECAY=cut.decay, PRECISION=cut.precision,
         num_warps=cut.warps, num_stages=2,
     )  # fmt: skip
@@ -321,21 +331,28 @@ def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:
 
 
 def _stages(delta: bool, decay: int, half: bool, channels: int, block_v: int) -> int:
-    """How many chunks a chain holds in shared memory: W, A, P, q, k and values of each, or P, q, k and values."""
+    """How many chunks a chain holds in shared memory: W, A, P, q, k and values of each, or P, q, k and values.
+
+    Of two, the second is asked for at the end of the first's products, and waited for.
+    """
     if not half or channels > 128:
         return 1
-    if delta and channels > 64:
-        return 3 if block_v <= 32 else 2
-    return 3 if channels <= 64 and (delta or decay) else 4
+    if delta and decay == 2 and channels > 64 and block_v > 32:
+        return 2
+    return 4 if not delta and (not decay or channels > 64) else 3
 
 
 def _computes_reads(problem: Problem, config: Config) -> bool:
-    """Whether a forward has nothing to prepare: linear attention, where its products have more than 16 columns.
+    """Whether a forward has nothing to prepare: no system to solve, and products of more than 16 columns.
 
-    Those are compiled wrongly where one takes the other's result; see ``configs``.
+    Those are compiled wrongly where one takes the other's result; see ``configs``. Decays between tokens are cheap
+    enough in bfloat16 alone, and in a chain where its state leaves room for them.
     """
-    plain = problem.layout("beta") is None and decay_axes(problem) == 0
-    return plain and (config["block_v"] >= 32 or not config["fused"])
+    decay, fused = decay_axes(problem), config["fused"]
+    if problem.layout("beta") is not None or (fused and config["block_v"] < 32):
+        return False
+    room = not fused or block(problem.widths[2]) <= 64
+    return decay == 0 or (decay == 1 and problem.dtype == "bfloat16" and room)
 
 
 class DeltaChunk(TritonKernel):
@@ -396,8 +413,9 @@ class DeltaChunk(TritonKernel):
             return
         blank_unused(problem, out)
         cut = Cut(problem, x, config["block_t"])
+        cut.sum_decays()
         if not _computes_reads(problem, config):
-            cut.prepare()
+            cut.prepare(absorb=bool(config["fused"]))
         if config["fused"]:
             cut.chain(config, True, out, out["y"])
         else:

@@ -118,8 +118,8 @@ def chain_back(
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def chunks_back(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
-    u, u_b, u_t, u_h, dy, dy_b, dy_t, dy_h, pairs, a, states, dstates, dwritten, inward, outward, fade,
-    dq, dk, dkeys_in, dv, dbeta, dg, dp, dn, dfade, offsets,
+    u, u_b, u_t, u_h, dy, dy_b, dy_t, dy_h, pairs, a, states, dstates, dwritten, inward, outward, total,
+    fade, dq, dk, dkeys_in, dv, dbeta, dg, dp, dn, dfade, offsets,
     tokens, sequences, per, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -173,7 +173,8 @@ def chunks_back(
     if DECAY == 1:
         g += batch * g_b + (start + t) * g_t + head * g_h
         log = tl.load(g, mask=t < count, other=0.0).to(tl.float32)
-        lower = pair_decays(log, BT, operand, PRECISION)
+        sums = tl.load(total + place, mask=t < count, other=0.0)
+        lower = pair_decays(log, sums, BT, operand, PRECISION)
         into = tl.load(inward + place, mask=t < count, other=0.0)[:, None]
         out_of = tl.load(outward + place, mask=t < count, other=0.0)[:, None]
     if DECAY < 2 and (DECAY == 1 or DELTA):
@@ -204,7 +205,7 @@ def chunks_back(
     if DELTA and DECAY == 2:
         tl.store(dn + place[:, None] * BT + j, writes, mask=rows)
 
-    up, down, total = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), 0.0
+    up, down, across = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), 0.0
     for at in range(0, K, BK):
         c = at + tl.arange(0, BK)
         dquery, dkey = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
@@ -237,7 +238,7 @@ def chunks_back(
             if DECAY == 1:
                 up += tl.sum(query.to(tl.float32) * dquery, axis=1)
                 down += tl.sum(key.to(tl.float32) * dkey, axis=1)
-                total += tl.sum(faded)
+                across += tl.sum(faded)
                 if DELTA:
                     up += tl.sum(key.to(tl.float32) * dkey_in, axis=1)
             dquery += dot(reads, key, PRECISION) + own * key.to(tl.float32)
@@ -260,5 +261,5 @@ def chunks_back(
         tl.store(dbeta + place, dstrength.to(dbeta.dtype.element_ty), mask=t < count)
     if DECAY == 1:
         last = (batch * tokens + start + count - 1) * heads + head
-        found = dlog + decay_gradient(up, down, total * tl.load(inward + last), BT)
+        found = dlog + decay_gradient(up, down, across * tl.load(inward + last), BT)
         tl.store(dg + place, found.to(dg.dtype.element_ty), mask=t < count)

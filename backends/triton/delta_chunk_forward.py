@@ -21,7 +21,7 @@ channel the factors do not come out of the products: ``decays`` folds them into 
 import triton
 import triton.language as tl
 
-from .blocks import chunk, chunks, dot, fading, first_row, inverse, locate, pair_decays, span
+from .blocks import LEAST_HALF, chunk, chunks, dot, fading, falling, first_row, inverse, locate, pair_decays, span
 
 
 @triton.jit
@@ -90,6 +90,53 @@ def below(
     return -dot(fetch(diagonal, i, 0, count, step // BT * 16), found, PRECISION)
 
 
+@triton.jit
+def absorbed(
+    p, pairs, beta, beta_t, diagonal, i, j, x0, x1, x2, count, step, ROWS: tl.constexpr, BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``X_ij = (P_ij − Σ_m X_im N_mj) A_jj`` from the ROWS blocks X_im, m from i down, that are known."""
+    found = fetch(p, i, j, count, step).to(tl.float32)
+    if ROWS > 0:
+        found -= dot(x0, lower(pairs, beta, beta_t, i, j, count, step), PRECISION)
+    if ROWS > 1:
+        found -= dot(x1, lower(pairs, beta, beta_t, i - 1, j, count, step), PRECISION)
+    if ROWS > 2:
+        found -= dot(x2, lower(pairs, beta, beta_t, i - 2, j, count, step), PRECISION)
+    found = dot(found, fetch(diagonal, j, 0, count, step // BT * 16), PRECISION)
+    put(p, i, j, found, count, step)
+    return found
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
+def absorb(
+    beta, beta_b, beta_t, beta_h, pairs, diagonal, p, offsets, tokens, sequences, per, every, heads, group,
+    BT: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A row of blocks of P A in the place of P's, by one warp, from its diagonal to the left: X (I + N) = P."""
+    pid = tl.program_id(0)
+    subs: tl.constexpr = BT // 16
+    i, head, row = pid % subs, (pid // subs) % heads, (pid // (subs * heads)).to(tl.int64)
+    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    if count <= i * 16:
+        return
+    count = count.to(tl.int32)
+    beta += batch * beta_b + start * beta_t + head * beta_h
+    place = (batch * tokens + start) * heads + head
+    p += place * BT
+    pairs += place * BT
+    diagonal += place * 16
+    step = heads * BT
+    nothing = tl.zeros([16, 16], tl.float32)
+    x0 = absorbed(p, pairs, beta, beta_t, diagonal, i, i, nothing, nothing, nothing, count, step, 0, BT, PRECISION)
+    if i > 0:
+        x1 = absorbed(p, pairs, beta, beta_t, diagonal, i, i - 1, x0, nothing, nothing, count, step, 1, BT, PRECISION)
+        if i > 1:
+            x2 = absorbed(p, pairs, beta, beta_t, diagonal, i, i - 2, x0, x1, nothing, count, step, 2, BT, PRECISION)
+            if i > 2:
+                absorbed(p, pairs, beta, beta_t, diagonal, i, i - 3, x0, x1, x2, count, step, 3, BT, PRECISION)
+
+
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def substitute(
     beta, beta_b, beta_t, beta_h, pairs, diagonal, a, offsets, tokens, sequences, per, every, heads, group,
@@ -121,13 +168,35 @@ def substitute(
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
+def running(
+    g, g_b, g_t, g_h, inward, outward, total, offsets, tokens, sequences, per, every, heads, group,
+    BT: tl.constexpr, BH: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr,
+):  # fmt: skip
+    """Decays of one chunk of a block of heads: from its start, to its end, and the sum that ``falling`` takes."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(heads, BH)
+    row = (pid // blocks).to(tl.int64)
+    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
+    if count <= 0:
+        return
+    t, h = tl.arange(0, BT)[:, None], (pid % blocks) * BH + tl.arange(0, BH)[None, :]
+    g += batch * g_b + (start + t) * g_t + h.to(tl.int64) * g_h
+    log = tl.load(g, mask=(t < count) & (h < heads), other=0.0).to(tl.float32)
+    later = tl.load(g + g_t, mask=(t + 1 < count) & (h < heads), other=0.0).to(tl.float32)
+    place, inside = (batch * tokens + start + t) * heads + h, (t < count) & (h < heads)
+    tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=inside)
+    tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=inside)
+    tl.store(total + place, tl.cumsum(tl.maximum(log, LEAST_HALF), axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def scores(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, p, pairs, inward, outward, offsets,
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, p, pairs, total, offsets,
     tokens, sequences, per, every, heads, group, scale,
     K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P of one chunk of one head, K Kᵀ∘L as ``pairs``, and the decays from its start and to its end."""
+    """P of one chunk of one head, and K Kᵀ∘L as ``pairs``."""
     pid = tl.program_id(0)
     head, row = pid % heads, (pid // heads).to(tl.int64)
     batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
@@ -150,13 +219,11 @@ def scores(
     if DECAY == 1:
         g += batch * g_b + (start + t) * g_t + head * g_h
         log = tl.load(g, mask=t < count, other=0.0).to(tl.float32)
-        later = tl.load(g + g_t, mask=t + 1 < count, other=0.0).to(tl.float32)
-        between = pair_decays(log, BT, k.dtype.element_ty, PRECISION)
+        sums = tl.load(total + place, mask=t < count, other=0.0)
+        between = pair_decays(log, sums, BT, k.dtype.element_ty, PRECISION)
         qk *= between
         if DELTA:
             kk *= between
-        tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=t < count)
-        tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=t < count)
     reads = tl.where(i >= j, scale * qk, 0.0)
     tl.store(p + place[:, None] * BT + j, reads.to(p.dtype.element_ty), mask=rows)
     if DELTA:
@@ -164,8 +231,16 @@ def scores(
 
 
 @triton.jit
+def falls(total, base, i, length, every, heads, BT: tl.constexpr, CHECKPOINTS: tl.constexpr):
+    """The running sums of chunk i, which a chain asks for a chunk early, as in ``fading``."""
+    at, count = chunk(i, length, every, BT, CHECKPOINTS)
+    t = tl.arange(0, BT)
+    return tl.load(total + base + (at + t).to(tl.int64) * heads, mask=t < count, other=0.0)
+
+
+@triton.jit
 def own_reads(qk, scale, BT: tl.constexpr, operand: tl.constexpr):
-    """P of a chunk of linear attention from Q Kᵀ."""
+    """P of a chunk without a system to solve, from Q Kᵀ with its decays."""
     t = tl.arange(0, BT)
     return tl.where(t[:, None] >= t[None, :], scale * qk, 0.0).to(operand)
 
@@ -221,8 +296,8 @@ def read(reads, write, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "per", "every"])
 def chain(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, w, w_b, w_t, w_h, beta, beta_b, beta_t, beta_h, a, p,
-    inward, outward, fade, first, first_n, first_h, first_k, first_v, last, checkpoints, y, states, written, offsets,
-    marks, tokens, per, every, heads, group, scale,
+    inward, outward, total, fade, first, first_n, first_h, first_k, first_v, last, checkpoints, y, states, written,
+    offsets, marks, tokens, per, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     DECAY: tl.constexpr, FUSED: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, MARKED: tl.constexpr,
     STORE: tl.constexpr, PRECISION: tl.constexpr,
@@ -243,23 +318,31 @@ def chain(
     s = tl.load(first + n.to(tl.int64) * first_n + head * first_h + grid, mask=inside, other=0.0).to(tl.float32)
     operand = k.dtype.element_ty
     matrix = c[:, None] * V + e[None, :]
+    # K as it is given meets the state and leaves it, or is asked for after the reads.
+    WHOLE: tl.constexpr = p is None or (DELTA and FUSED and DECAY < 2)
     if MARKED:
         mark = tl.load(marks + n) if PACKED else n.to(tl.int64) * (length // every)
 
     q += batch * q_b + start * q_t + (head // group) * q_h
     k += batch * k_b + start * k_t + (head // group) * k_h
     u += batch * u_b + start * u_t + head * u_h
-    if DELTA:
-        w += batch * w_b + start * w_t + head // (group if FUSED and DECAY < 2 else 1) * w_h
+    if DELTA and not WHOLE:
+        w += batch * w_b + start * w_t + head * w_h
     if DELTA and FUSED:
         beta += batch * beta_b + start * beta_t + head * beta_h
     base = (batch * tokens + start) * heads + head
     if DECAY:
         ahead = fading(inward, fade, base, row, length * 0, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+    OWN: tl.constexpr = FUSED and p is None and DECAY == 1
+    if OWN:
+        sums_ahead = falls(total, base, length * 0, length, every, heads, BT, CHECKPOINTS)
     for i in range(chunks(length, every, BT, CHECKPOINTS)):
         if DECAY:
             left = ahead
             ahead = fading(inward, fade, base, row, i + 1, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+        if OWN:
+            sums = sums_ahead
+            sums_ahead = falls(total, base, i + 1, length, every, heads, BT, CHECKPOINTS)
         at, count = chunk(i, length, every, BT, CHECKPOINTS)
         here = at + t
         rows = (t < count)[:, None]
@@ -269,9 +352,14 @@ def chain(
         if not FUSED:
             where = ((row + i) * heads + head) * K * V
             tl.store(states + where + matrix, held, mask=inside)
+        if WHOLE:
+            key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
         write = tl.load(u + here[:, None] * u_t + e[None, :], mask=values, other=0.0)
         if DELTA:
-            correction = tl.load(w + here[:, None] * w_t + c[None, :], mask=keys, other=0.0)
+            if WHOLE:
+                correction = key
+            else:
+                correction = tl.load(w + here[:, None] * w_t + c[None, :], mask=keys, other=0.0)
             known = dot(correction, held, PRECISION)
             if FUSED:
                 if DECAY == 1:
@@ -283,20 +371,21 @@ def chain(
             else:
                 write = write.to(tl.float32) - known
                 tl.store(written + place[:, None] * V + e[None, :], write.to(written.dtype.element_ty), mask=values)
-        if p is None:
-            key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
         if FUSED:
             query = tl.load(q + here[:, None] * q_t + c[None, :], mask=keys, other=0.0)
             out = scale * dot(query, held, PRECISION)
             if DECAY == 1:
                 out *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
             if p is None:
-                reads = own_reads(dot(query, tl.trans(key), PRECISION), scale, BT, operand)
+                qk = dot(query, tl.trans(key), PRECISION)
+                if DECAY == 1:
+                    qk *= falling(sums)
+                reads = own_reads(qk, scale, BT, operand)
             else:
                 reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
-            out += read(reads, write, PRECISION)
+            out += dot(reads, missing if DELTA else write, PRECISION)
             tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
-        if p is not None:
+        if not WHOLE:
             key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
         if DECAY == 1:
             out_of = tl.load(outward + place, mask=t < count, other=0.0)
@@ -316,7 +405,7 @@ def chain(
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def outputs(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, p, inward, states, y, offsets,
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, u, u_b, u_t, u_h, p, inward, total, states, y, offsets,
     tokens, sequences, per, every, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -353,6 +442,8 @@ def outputs(
     u += batch * u_b + (start + t[:, None]) * u_t + head * u_h
     write = tl.load(u + e[None, :], mask=values, other=0.0)
     if p is None:
+        if DECAY == 1:
+            qk *= falling(tl.load(total + place, mask=t < count, other=0.0))
         reads = own_reads(qk, scale, BT, q.dtype.element_ty)
     else:
         reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
