@@ -131,8 +131,8 @@ class Cut:
                 BT=self.block_t, BH=block_h, PACKED=self.problem.packed, CHECKPOINTS=self.every > 0, num_warps=4,
             )  # fmt: skip
 
-    def prepare(self, absorb: bool = False) -> None:
-        """A and P of every chunk; P A instead of P for who reads what is missing, and not what is written."""
+    def prepare(self) -> None:
+        """A and P of every chunk."""
         grid = (self.rows * self.problem.sizes.H,)
         self.p = self.scratch(self.block_t)
         self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
@@ -146,22 +146,14 @@ class Cut:
                 num_warps=4, num_stages=1,
             )  # fmt: skip
         if self.delta:
-            self._solve(grid[0], absorb)
-
-    def _solve(self, programs: int, absorb: bool) -> None:
-        """A from the pairs, which a decay a channel needs again."""
-        self.a = self.scratch(self.block_t)
-        blocks = self.block_t // 16
-        diagonal = self.scratch(16, torch.float32)
-        given, where = (*place(self.beta, 0, 1, 2), self.pairs, diagonal), (self.offsets, *self.lengths())
-        constants = self.constants() | {"PRECISION": self.precision}
-        del constants["K"], constants["BK"]
-        forwards.invert[(programs * blocks,)](*given, self.a, *where, **constants, num_warps=1, num_stages=1)
-        forwards.substitute[(programs * (blocks - 1),)](*given, self.a, *where, **constants, num_warps=1, num_stages=1)
-        if absorb:
-            forwards.absorb[(programs * blocks,)](*given, self.p, *where, **constants, num_warps=1, num_stages=1)
-        if self.decay < 2:
-            self.pairs = None  # as large as q, k and v: later scratch takes its place
+            self.a = self.scratch(self.block_t)
+            forwards.solve[grid](
+                *place(self.beta, 0, 1, 2), self.pairs, self.a, self.offsets, *self.lengths(), BT=self.block_t,
+                PACKED=self.problem.packed, CHECKPOINTS=self.every > 0, PRECISION=self.precision, num_warps=1,
+                num_stages=1,
+            )  # fmt: skip
+            if self.decay < 2:
+                self.pairs = None  # as large as q, k and v: later scratch takes its place
 
     def _fold(self, grid: tuple[int]) -> None:
         """Decays a channel, folded into q and k, and the pairs inside of chunks."""
@@ -276,20 +268,27 @@ def _side_by_side(
     """The part of the backward that runs all chunks at once."""
     problem, s = cut.problem, cut.problem.sizes
     folded = cut.decay == 2
+    cut.p = cut.w = cut.u = None  # what comes next takes their place
     dq, dk = (spread(problem, dx, name) for name in ("q", "k"))
     # What decays are still to meet stays in float32: it is summed before it is rounded.
     dq_met, dk_met = (cut.scratch(s.K, torch.float32) if folded else d for d in (dq, dk))
     dkeys_in = cut.scratch(s.K, torch.float32) if folded and cut.delta else None
-    dp = cut.scratch(cut.block_t) if folded else None
-    dn = cut.scratch(cut.block_t) if folded and cut.delta else None
+    dp, dn = cut.scratch(cut.block_t), cut.scratch(cut.block_t) if cut.delta else None
     dfade = torch.empty_like(cut.fade) if folded else None
+    own = None if folded else cut.scalars()
+    dstrength, dlog = cut.scalars() if cut.delta else None, cut.scalars() if cut.decay == 1 else None
     dg = dx.get("log_decay")
+    q, k, beta = place(cut.q, 0, 1, 2), place(cut.keys_in, 0, 1, 2), place(cut.beta, 0, 1, 2)
+    u, arriving = place(written, 0, 1, 2), place(dy, 0, 1, 2)
+    lengths = (cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale)
+    constants = cut.constants(*cut.wide) | {"DELTA": cut.delta, "DECAY": cut.decay, "PRECISION": cut.precision}
+    adjoint.pairs_back[(cut.rows * s.H,)](
+        *q, *k, *place(cut.v, 0, 1, 2), *beta, *place(cut.g, 0, 1, 2), *u, *arriving, cut.pairs, cut.a, cut.total,
+        dwritten, dx["v"], dp, dn, own, dstrength, dlog, *lengths, **constants, num_warps=cut.warps, num_stages=2,
+    )  # fmt: skip
     adjoint.chunks_back[(cut.rows * s.H,)](
-        *place(cut.q, 0, 1, 2), *place(cut.keys_in, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(cut.beta, 0, 1, 2),
-        *place(cut.g, 0, 1, 2), *place(written, 0, 1, 2), *place(dy, 0, 1, 2), cut.pairs, cut.a, states, dstates,
-        dwritten, cut.inward, cut.outward, cut.total, cut.fade, dq_met, dk_met, dkeys_in, dx["v"], dx.get("beta"), dg,
-        dp, dn, dfade, cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale,
-        **cut.constants(*cut.wide), DELTA=cut.delta, DECAY=cut.decay, PRECISION=cut.precision,
+        *q, *k, *beta, *u, *arriving, dwritten, dp, dn, own, dstrength, dlog, states, dstates, cut.inward,
+        cut.outward, cut.fade, dq_met, dk_met, dkeys_in, dx.get("beta"), dg, dfade, *lengths, **constants,
         num_warps=cut.warps, num_stages=2,
     )  # fmt: skip
     if folded:
@@ -415,7 +414,7 @@ class DeltaChunk(TritonKernel):
         cut = Cut(problem, x, config["block_t"])
         cut.sum_decays()
         if not _computes_reads(problem, config):
-            cut.prepare(absorb=bool(config["fused"]))
+            cut.prepare()
         if config["fused"]:
             cut.chain(config, True, out, out["y"])
         else:

@@ -7,7 +7,7 @@ A chunk of C tokens starts from a state S; rows are tokens, G a running sum of `
     U' = U − W S  (delta), V (linear)                                   Y = scale (e^G∘Q) S + P U'
     S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
 
-``scores`` fills P and K Kᵀ∘L, ``invert`` and ``substitute`` A, for all chunks side by side: no state is in them, so
+``scores`` fills P and K Kᵀ∘L, ``solve`` A, for all chunks side by side: no state is in them, so
 they are off the chain. Linear attention has none of these, and whoever reads computes P, which costs less than loading
 it. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
 ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W and U from
@@ -43,128 +43,58 @@ def put(x, a, b, value, count, step):
     tl.store(x + where, value.to(x.dtype.element_ty), mask=(a * 16 + t < count)[:, None])
 
 
-@triton.jit
-def fetch(x, a, b, count, step):
-    """A block of a matrix of the chunk; zeros behind its last token."""
-    t = tl.arange(0, 16)
-    where = (a * 16 + t[:, None]).to(tl.int64) * step + b * 16 + t[None, :]
-    return tl.load(x + where, mask=(a * 16 + t < count)[:, None], other=0.0)
-
-
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
-def invert(
-    beta, beta_b, beta_t, beta_h, pairs, diagonal, a, offsets, tokens, sequences, per, every, heads, group,
+def solve(
+    beta, beta_b, beta_t, beta_h, pairs, a, offsets, tokens, sequences, per, every, heads, group,
     BT: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of one diagonal block of I + N, 16 tokens, by one warp."""
+    """A of one chunk of one head, by one warp: inverses of blocks of 16 tokens, then a substitution by blocks.
+
+    ``A_ij = −A_ii Σ_m N_im A_mj``, m from j to i − 1.
+    """
     pid = tl.program_id(0)
-    subs: tl.constexpr = BT // 16
-    sub, head, row = pid % subs, (pid // subs) % heads, (pid // (subs * heads)).to(tl.int64)
+    head, row = pid % heads, (pid // heads).to(tl.int64)
     batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
-    if count <= sub * 16:
-        return
-    count = count.to(tl.int32)
-    beta += batch * beta_b + start * beta_t + head * beta_h
-    place = (batch * tokens + start) * heads + head
-    a += place * BT
-    step = heads * BT
-    solved = inverse(lower(pairs + place * BT, beta, beta_t, sub, sub, count, step), 16, PRECISION)
-    put(diagonal + place * 16, sub, 0, solved, count, heads * 16)
-    put(a, sub, sub, solved, count, step)
-    nothing = tl.zeros([16, 16], tl.float32)
-    for other in range(sub + 1, subs):
-        put(a, sub, other, nothing, count, step)
-
-
-@triton.jit
-def below(
-    pairs, beta, beta_t, diagonal, i, j, x0, x1, x2, count, step, ROWS: tl.constexpr, BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``A_ij = −A_ii Σ_m N_im A_mj`` from the ROWS blocks A_mj, m from j on, that are known."""
-    found = dot(lower(pairs, beta, beta_t, i, j, count, step), x0, PRECISION)
-    if ROWS > 1:
-        found += dot(lower(pairs, beta, beta_t, i, j + 1, count, step), x1, PRECISION)
-    if ROWS > 2:
-        found += dot(lower(pairs, beta, beta_t, i, j + 2, count, step), x2, PRECISION)
-    return -dot(fetch(diagonal, i, 0, count, step // BT * 16), found, PRECISION)
-
-
-@triton.jit
-def absorbed(
-    p, pairs, beta, beta_t, diagonal, i, j, x0, x1, x2, count, step, ROWS: tl.constexpr, BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``X_ij = (P_ij − Σ_m X_im N_mj) A_jj`` from the ROWS blocks X_im, m from i down, that are known."""
-    found = fetch(p, i, j, count, step).to(tl.float32)
-    if ROWS > 0:
-        found -= dot(x0, lower(pairs, beta, beta_t, i, j, count, step), PRECISION)
-    if ROWS > 1:
-        found -= dot(x1, lower(pairs, beta, beta_t, i - 1, j, count, step), PRECISION)
-    if ROWS > 2:
-        found -= dot(x2, lower(pairs, beta, beta_t, i - 2, j, count, step), PRECISION)
-    found = dot(found, fetch(diagonal, j, 0, count, step // BT * 16), PRECISION)
-    put(p, i, j, found, count, step)
-    return found
-
-
-@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
-def absorb(
-    beta, beta_b, beta_t, beta_h, pairs, diagonal, p, offsets, tokens, sequences, per, every, heads, group,
-    BT: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A row of blocks of P A in the place of P's, by one warp, from its diagonal to the left: X (I + N) = P."""
-    pid = tl.program_id(0)
-    subs: tl.constexpr = BT // 16
-    i, head, row = pid % subs, (pid // subs) % heads, (pid // (subs * heads)).to(tl.int64)
-    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
-    if count <= i * 16:
-        return
-    count = count.to(tl.int32)
-    beta += batch * beta_b + start * beta_t + head * beta_h
-    place = (batch * tokens + start) * heads + head
-    p += place * BT
-    pairs += place * BT
-    diagonal += place * 16
-    step = heads * BT
-    nothing = tl.zeros([16, 16], tl.float32)
-    x0 = absorbed(p, pairs, beta, beta_t, diagonal, i, i, nothing, nothing, nothing, count, step, 0, BT, PRECISION)
-    if i > 0:
-        x1 = absorbed(p, pairs, beta, beta_t, diagonal, i, i - 1, x0, nothing, nothing, count, step, 1, BT, PRECISION)
-        if i > 1:
-            x2 = absorbed(p, pairs, beta, beta_t, diagonal, i, i - 2, x0, x1, nothing, count, step, 2, BT, PRECISION)
-            if i > 2:
-                absorbed(p, pairs, beta, beta_t, diagonal, i, i - 3, x0, x1, x2, count, step, 3, BT, PRECISION)
-
-
-@triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
-def substitute(
-    beta, beta_b, beta_t, beta_h, pairs, diagonal, a, offsets, tokens, sequences, per, every, heads, group,
-    BT: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A column of blocks of A below its diagonal, by one warp: a substitution, a block of 16 tokens at a time."""
-    pid = tl.program_id(0)
-    columns: tl.constexpr = BT // 16 - 1
-    j, head, row = pid % columns, (pid // columns) % heads, (pid // (columns * heads)).to(tl.int64)
-    batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
-    if count <= (j + 1) * 16:
+    if count <= 0:
         return
     count = count.to(tl.int32)
     beta += batch * beta_b + start * beta_t + head * beta_h
     place = (batch * tokens + start) * heads + head
     a += place * BT
     pairs += place * BT
-    diagonal += place * 16
     step = heads * BT
-    x0 = fetch(diagonal, j, 0, count, heads * 16)
-    x1 = below(pairs, beta, beta_t, diagonal, j + 1, j, x0, x0, x0, count, step, 1, BT, PRECISION)
-    put(a, j + 1, j, x1, count, step)
-    if (j + 2) * 16 < count:
-        x2 = below(pairs, beta, beta_t, diagonal, j + 2, j, x0, x1, x1, count, step, 2, BT, PRECISION)
-        put(a, j + 2, j, x2, count, step)
-        if (j + 3) * 16 < count:
-            x3 = below(pairs, beta, beta_t, diagonal, j + 3, j, x0, x1, x2, count, step, 3, BT, PRECISION)
-            put(a, j + 3, j, x3, count, step)
+    n00, n11 = lower(pairs, beta, beta_t, 0, 0, count, step), lower(pairs, beta, beta_t, 1, 1, count, step)
+    n10 = lower(pairs, beta, beta_t, 1, 0, count, step)
+    if BT == 64:
+        n22, n33 = lower(pairs, beta, beta_t, 2, 2, count, step), lower(pairs, beta, beta_t, 3, 3, count, step)
+        n20, n21 = lower(pairs, beta, beta_t, 2, 0, count, step), lower(pairs, beta, beta_t, 2, 1, count, step)
+        n30, n31 = lower(pairs, beta, beta_t, 3, 0, count, step), lower(pairs, beta, beta_t, 3, 1, count, step)
+        n32 = lower(pairs, beta, beta_t, 3, 2, count, step)
+    a00, a11 = inverse(n00, 16, PRECISION), inverse(n11, 16, PRECISION)
+    a10 = -dot(a11, dot(n10, a00, PRECISION), PRECISION)
+    put(a, 0, 0, a00, count, step)
+    put(a, 1, 0, a10, count, step)
+    put(a, 1, 1, a11, count, step)
+    nothing = tl.zeros([16, 16], tl.float32)
+    put(a, 0, 1, nothing, count, step)
+    if BT == 64:
+        a22, a33 = inverse(n22, 16, PRECISION), inverse(n33, 16, PRECISION)
+        a21, a32 = -dot(a22, dot(n21, a11, PRECISION), PRECISION), -dot(a33, dot(n32, a22, PRECISION), PRECISION)
+        a20 = -dot(a22, dot(n20, a00, PRECISION) + dot(n21, a10, PRECISION), PRECISION)
+        a31 = -dot(a33, dot(n31, a11, PRECISION) + dot(n32, a21, PRECISION), PRECISION)
+        a30 = dot(n30, a00, PRECISION) + dot(n31, a10, PRECISION) + dot(n32, a20, PRECISION)
+        put(a, 2, 0, a20, count, step)
+        put(a, 2, 1, a21, count, step)
+        put(a, 2, 2, a22, count, step)
+        put(a, 3, 0, -dot(a33, a30, PRECISION), count, step)
+        put(a, 3, 1, a31, count, step)
+        put(a, 3, 2, a32, count, step)
+        put(a, 3, 3, a33, count, step)
+        put(a, 0, 2, nothing, count, step)
+        put(a, 0, 3, nothing, count, step)
+        put(a, 1, 2, nothing, count, step)
+        put(a, 1, 3, nothing, count, step)
+        put(a, 2, 3, nothing, count, step)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
@@ -227,7 +157,8 @@ def scores(
     reads = tl.where(i >= j, scale * qk, 0.0)
     tl.store(p + place[:, None] * BT + j, reads.to(p.dtype.element_ty), mask=rows)
     if DELTA:
-        tl.store(pairs + place[:, None] * BT + j, kk, mask=rows)
+        # Whole blocks of 16 columns, as memory takes them; those above the diagonal are nobody's.
+        tl.store(pairs + place[:, None] * BT + j, kk, mask=rows & (i // 16 >= j // 16))
 
 
 @triton.jit
@@ -284,13 +215,14 @@ def prepare(
 
 
 @triton.jit
-def read(reads, write, PRECISION: tl.constexpr):
-    """``P U'``. Of alike keys the writes cancel in the sum while their rounding adds up: what it drops is read too."""
+def read(reads, write, out, PRECISION: tl.constexpr):
+    """``out + P U'``. Of alike keys writes cancel in the sum while their rounding adds up: it drops nothing."""
     rounded = write.to(reads.dtype)
-    found = dot(reads, rounded, PRECISION)
+    out = tl.dot(reads, rounded, out, input_precision=PRECISION)
     if write.dtype != reads.dtype:
-        found += dot(reads, (write - rounded.to(tl.float32)).to(reads.dtype), PRECISION)
-    return found
+        rest = (write - rounded.to(tl.float32)).to(reads.dtype)
+        out = tl.dot(reads, rest, out, input_precision=PRECISION)
+    return out
 
 
 @triton.jit(do_not_specialize=["tokens", "per", "every"])
@@ -383,7 +315,7 @@ def chain(
                 reads = own_reads(qk, scale, BT, operand)
             else:
                 reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
-            out += dot(reads, missing if DELTA else write, PRECISION)
+            out = read(reads, write, out, PRECISION)
             tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
         if not WHOLE:
             key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
@@ -447,5 +379,5 @@ def outputs(
         reads = own_reads(qk, scale, BT, q.dtype.element_ty)
     else:
         reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
-    out += read(reads, write, PRECISION)
+    out = read(reads, write, out, PRECISION)
     tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
