@@ -94,6 +94,12 @@ def fading(
 
 
 @triton.jit
+def kept(i, j):
+    """Which pairs of tokens have a place in memory: blocks of 16 rows and columns on the diagonal and below it."""
+    return i // 16 >= j // 16
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """``a b`` in float32; float32 operands as PRECISION says."""
     return tl.dot(a, b, input_precision=PRECISION)

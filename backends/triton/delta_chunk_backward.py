@@ -29,6 +29,7 @@ from .blocks import (
     dot,
     fading,
     first_row,
+    kept,
     locate,
     pair_decays,
     pair_decays_gradient,
@@ -51,7 +52,7 @@ def chain_back(
     head = (pid // blocks) % heads
     n = pid // (blocks * heads)
     t, c, e = tl.arange(0, BT), tl.arange(0, BK), (pid % blocks) * BV + tl.arange(0, BV)
-    inside = (c < K)[:, None] & (e < V)[None, :]
+    inside, below = (c < K)[:, None] & (e < V)[None, :], kept(t[None, :], t[:, None])
     batch, start, length = span(n, tokens, offsets, PACKED)
     row = first_row(n, per, every, offsets, BT, CHECKPOINTS, PACKED)
     operand = k.dtype.element_ty
@@ -95,7 +96,7 @@ def chain_back(
         if DECAY == 1:
             dwrite *= tl.load(outward + place, mask=t < count, other=0.0)[:, None]
         # P with its axes swapped: rows are columns of the chunk.
-        reads = tl.load(p + place[None, :] * BT + t[:, None], mask=(t < count)[None, :], other=0.0)
+        reads = tl.load(p + place[None, :] * BT + t[:, None], mask=(t < count)[None, :] & below, other=0.0)
         dwrite += dot(reads, arriving, PRECISION)
         tl.store(dwritten + place[:, None] * V + e[None, :], dwrite.to(dwritten.dtype.element_ty), mask=values)
 
@@ -147,7 +148,7 @@ def pairs_back(
         strength = tl.load(beta + batch * beta_b + (start + t) * beta_t + head * beta_h, mask=t < count, other=0.0)
         strength = strength.to(tl.float32)[:, None]
         # A with its axes swapped.
-        solved = tl.load(a + place[None, :] * BT + t[:, None], mask=(t < count)[None, :], other=0.0)
+        solved = tl.load(a + place[None, :] * BT + i, mask=(t < count)[None, :] & kept(j, i), other=0.0)
         found = tl.zeros([BT], tl.float32)
 
     reads, writes = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
@@ -177,7 +178,7 @@ def pairs_back(
         fades = pair_decays(log, sums, BT, operand, PRECISION)
         reads *= fades
         change = reads * products(q, k, rows, K, BT, BK, PRECISION)
-    tl.store(dp + place[:, None] * BT + j, reads.to(operand), mask=rows)
+    tl.store(dp + place[:, None] * BT + j, reads.to(operand), mask=rows & kept(i, j))
     if DELTA:
         writes = tl.where(i > j, writes, 0.0)
         if DECAY == 2:
@@ -192,7 +193,7 @@ def pairs_back(
         if DECAY == 1:
             change += writes * kk
             writes *= fades
-        tl.store(dn + place[:, None] * BT + j, writes.to(operand), mask=rows)
+        tl.store(dn + place[:, None] * BT + j, writes.to(operand), mask=rows & kept(i, j))
     if DECAY == 1:
         tl.store(dlog + place, pair_decays_gradient(change, log, BT, operand, PRECISION), mask=t < count)
 
@@ -234,16 +235,16 @@ def chunks_back(
     dy += batch * dy_b + (start + t[:, None]) * dy_t + head * dy_h
     states += (row * heads + head) * K * V
     dstates += (row * heads + head) * K * V
-    pair = place[:, None] * BT + t[None, :]
+    pair, below = place[:, None] * BT + t[None, :], rows & kept(t[:, None], t[None, :])
     if DELTA:
         strength = tl.load(beta + batch * beta_b + (start + t) * beta_t + head * beta_h, mask=t < count, other=0.0)
         strength = strength.to(tl.float32)[:, None]
         found = tl.load(dstrength + place, mask=t < count, other=0.0)
     if DECAY < 2:
-        reads = tl.load(dp + pair, mask=rows, other=0.0)
+        reads = tl.load(dp + pair, mask=below, other=0.0)
         alone = tl.load(own + place, mask=t < count, other=0.0)[:, None]
         if DELTA:
-            writes = tl.load(dn + pair, mask=rows, other=0.0)
+            writes = tl.load(dn + pair, mask=below, other=0.0)
     if DECAY == 1:
         into = tl.load(inward + place, mask=t < count, other=0.0)[:, None]
         out_of = tl.load(outward + place, mask=t < count, other=0.0)[:, None]

@@ -21,7 +21,7 @@ channel the factors do not come out of the products: ``decays`` folds them into 
 import triton
 import triton.language as tl
 
-from .blocks import LEAST_HALF, chunk, chunks, dot, fading, falling, first_row, inverse, locate, pair_decays, span
+from .blocks import LEAST_HALF, chunk, chunks, dot, fading, falling, first_row, inverse, kept, locate, pair_decays, span
 
 
 @triton.jit
@@ -75,8 +75,6 @@ def solve(
     put(a, 0, 0, a00, count, step)
     put(a, 1, 0, a10, count, step)
     put(a, 1, 1, a11, count, step)
-    nothing = tl.zeros([16, 16], tl.float32)
-    put(a, 0, 1, nothing, count, step)
     if BT == 64:
         a22, a33 = inverse(n22, 16, PRECISION), inverse(n33, 16, PRECISION)
         a21, a32 = -dot(a22, dot(n21, a11, PRECISION), PRECISION), -dot(a33, dot(n32, a22, PRECISION), PRECISION)
@@ -90,11 +88,6 @@ def solve(
         put(a, 3, 1, a31, count, step)
         put(a, 3, 2, a32, count, step)
         put(a, 3, 3, a33, count, step)
-        put(a, 0, 2, nothing, count, step)
-        put(a, 0, 3, nothing, count, step)
-        put(a, 1, 2, nothing, count, step)
-        put(a, 1, 3, nothing, count, step)
-        put(a, 2, 3, nothing, count, step)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
@@ -155,10 +148,9 @@ def scores(
         if DELTA:
             kk *= between
     reads = tl.where(i >= j, scale * qk, 0.0)
-    tl.store(p + place[:, None] * BT + j, reads.to(p.dtype.element_ty), mask=rows)
+    tl.store(p + place[:, None] * BT + j, reads.to(p.dtype.element_ty), mask=rows & kept(i, j))
     if DELTA:
-        # Whole blocks of 16 columns, as memory takes them; those above the diagonal are nobody's.
-        tl.store(pairs + place[:, None] * BT + j, kk, mask=rows & (i // 16 >= j // 16))
+        tl.store(pairs + place[:, None] * BT + j, kk, mask=rows & kept(i, j))
 
 
 @triton.jit
@@ -196,7 +188,7 @@ def prepare(
     v += batch * v_b + (start + t[:, None]) * v_t + head * v_h
     beta += batch * beta_b + (start + t) * beta_t + head * beta_h
     strength = tl.load(beta, mask=t < count, other=0.0).to(tl.float32)[:, None]
-    solved = tl.load(a + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+    solved = tl.load(a + place[:, None] * BT + t[None, :], mask=rows & kept(t[:, None], t[None, :]), other=0.0)
     operand = k.dtype.element_ty
     for at in range(0, V, BV):
         c = at + tl.arange(0, BV)[None, :]
@@ -243,7 +235,7 @@ def chain(
     head = (pid // blocks) % heads
     n = pid // (blocks * heads)
     t, c, e = tl.arange(0, BT), tl.arange(0, BK), (pid % blocks) * BV + tl.arange(0, BV)
-    inside = (c < K)[:, None] & (e < V)[None, :]
+    inside, below = (c < K)[:, None] & (e < V)[None, :], kept(t[:, None], t[None, :])
     batch, start, length = span(n, tokens, offsets, PACKED)
     row = first_row(n, per, every, offsets, BT, CHECKPOINTS, PACKED)
     grid = c[:, None] * first_k + e[None, :] * first_v
@@ -298,7 +290,7 @@ def chain(
                     known *= tl.load(inward + place, mask=t < count, other=0.0)[:, None]
                 strength = tl.load(beta + here * beta_t, mask=t < count, other=0.0).to(tl.float32)
                 missing = (strength[:, None] * (write.to(tl.float32) - known)).to(operand)
-                solved = tl.load(a + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+                solved = tl.load(a + place[:, None] * BT + t[None, :], mask=rows & below, other=0.0)
                 write = dot(solved, missing, PRECISION)
             else:
                 write = write.to(tl.float32) - known
@@ -314,7 +306,7 @@ def chain(
                     qk *= falling(sums)
                 reads = own_reads(qk, scale, BT, operand)
             else:
-                reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+                reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows & below, other=0.0)
             out = read(reads, write, out, PRECISION)
             tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
         if not WHOLE:
@@ -378,6 +370,6 @@ def outputs(
             qk *= falling(tl.load(total + place, mask=t < count, other=0.0))
         reads = own_reads(qk, scale, BT, q.dtype.element_ty)
     else:
-        reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows, other=0.0)
+        reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows & kept(t[:, None], t[None, :]), other=0.0)
     out = read(reads, write, out, PRECISION)
     tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
