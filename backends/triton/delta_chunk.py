@@ -55,6 +55,7 @@ class Cut:
         v, beta, g: as given.
         plain: q and k before their decays.
         keys_in: k with the decays since the chunk's start, where those are a channel's; k otherwise.
+        inward, outward, total: see ``delta_chunk_forward``, where decays are a head's.
     """
 
     problem: Problem
@@ -79,7 +80,6 @@ class Cut:
         self.marks = first_marks(problem, x["offsets"])
         self.precision = precision(problem) if problem.dtype == "float32" else "tf32"
         self.warps = 4 if q.element_size() == 2 else 8
-        self.inward, self.outward, self.total = (self.scalars() if self.decay == 1 else None for _ in range(3))
         self.fade: Any = None
         self.pairs: Any = None
         self.p: Any = None
@@ -88,6 +88,18 @@ class Cut:
         # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: on blocks of 16
         # channels Triton 3.6 reads beyond its shared memory.
         self.wide = (64, 64) if q.element_size() == 2 else (min(32, block(s.K)), min(32, block(s.V)))
+        self.inward, self.outward, self.total = self._running() if self.decay == 1 else (None, None, None)
+
+    def _running(self) -> tuple[Array, Array, Array]:
+        """What one decay a head leaves of a state from token to token of a chunk."""
+        inward, outward, total = self.scalars(), self.scalars(), self.scalars()
+        heads = self.problem.sizes.H
+        block_h = min(16, triton.next_power_of_2(heads))
+        forwards.running[(self.rows * triton.cdiv(heads, block_h),)](
+            *place(self.g, 0, 1, 2), inward, outward, total, self.offsets, *self.lengths(), BT=self.block_t,
+            BH=block_h, PACKED=self.problem.packed, CHECKPOINTS=self.every > 0, num_warps=4,
+        )  # fmt: skip
+        return inward, outward, total
 
     @property
     def offsets(self) -> Array | None:
@@ -120,16 +132,6 @@ class Cut:
         if block_v:
             found |= {"V": s.V, "BV": block_v}
         return found | {"PACKED": self.problem.packed, "CHECKPOINTS": self.every > 0}
-
-    def sum_decays(self) -> None:
-        """What one decay a head leaves of a state from token to token of a chunk."""
-        if self.decay == 1:
-            heads = self.problem.sizes.H
-            block_h = min(16, triton.next_power_of_2(heads))
-            forwards.running[(self.rows * triton.cdiv(heads, block_h),)](
-                *place(self.g, 0, 1, 2), self.inward, self.outward, self.total, self.offsets, *self.lengths(),
-                BT=self.block_t, BH=block_h, PACKED=self.problem.packed, CHECKPOINTS=self.every > 0, num_warps=4,
-            )  # fmt: skip
 
     def prepare(self) -> None:
         """A and P of every chunk."""
@@ -202,8 +204,8 @@ class Cut:
         _, _, per, every, heads, group = self._lengths_of(self.k)
         forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](
             *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(u, 0, 1, 2), *place(w, 0, 1, 2),
-            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.total,
-            self.fade, *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
+            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.total, self.fade,
+            *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
             self.marks, s.T, per, every, heads, group, self.scale,
             **self.constants(0, block_v), DELTA=self.delta, DECAY=self.decay, FUSED=fused,
             MARKED=checkpoints is not None, STORE=last is not None, PRECISION=self.precision,
@@ -216,8 +218,7 @@ class Cut:
         s, (block_k, block_v) = self.problem.sizes, self.wide
         forwards.outputs[(self.rows * s.H * triton.cdiv(s.V, block_v),)](
             *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2), self.p, self.inward,
-            self.total, states, y, self.offsets,
-            *self._lengths_of(self.k), self.scale,
+            self.total, states, y, self.offsets, *self._lengths_of(self.k), self.scale,
             **self.constants(block_k, block_v), DECAY=self.decay, PRECISION=self.precision, num_warps=4,
             num_stages=1,
         )  # fmt: skip
@@ -233,10 +234,9 @@ def _chunks(tokens: int, every: int, block_t: int) -> int:
 def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     """Fill the gradients of a call, whichever form ran its forward."""
     s = problem.sizes
-    cut = Cut(problem, x, config["block_t"])
     if not s.N * s.H:
         return
-    cut.sum_decays()
+    cut = Cut(problem, x, config["block_t"])
     cut.prepare()
     states, written = cut.chain(config, False, {}, None)
     dy = dout.get("y")
@@ -412,7 +412,6 @@ class DeltaChunk(TritonKernel):
             return
         blank_unused(problem, out)
         cut = Cut(problem, x, config["block_t"])
-        cut.sum_decays()
         if not _computes_reads(problem, config):
             cut.prepare()
         if config["fused"]:

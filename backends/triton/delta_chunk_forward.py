@@ -7,15 +7,18 @@ A chunk of C tokens starts from a state S; rows are tokens, G a running sum of `
     U' = U − W S  (delta), V (linear)                                   Y = scale (e^G∘Q) S + P U'
     S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
 
-``scores`` fills P and K Kᵀ∘L, ``solve`` A, for all chunks side by side: no state is in them, so
-they are off the chain. Linear attention has none of these, and whoever reads computes P, which costs less than loading
-it. ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
+``running`` sums decays, ``scores`` fills P and K Kᵀ∘L, ``solve`` A, for all chunks side by side: no state is in them, so
+they are off the chain. Where there is no system to solve whoever reads computes P, if that costs less than loading it.
+``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
 ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W and U from
 ``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by side. With one decay a
 channel the factors do not come out of the products: ``decays`` folds them into Q and K beforehand.
 
+P, A and what is like them lie in memory by blocks of 16 tokens, those on the diagonal and below: ``blocks.kept``.
+
     q, k [B,T,G,K]   v [B,T,H,V]   w [B,T,H,K]   u [B,T,H,V]   p [B,T,H,C]   states [R,H,K,V], a row a chunk
-    inward [B,T,H] = e^{G_i}, outward [B,T,H] = e^{G_C−G_i}; fade [R,H,K] = e^{G_C} a channel
+    inward [B,T,H] = e^{G_i}, outward [B,T,H] = e^{G_C−G_i}, total [B,T,H] = G as ``blocks.falling`` takes it;
+    fade [R,H,K] = e^{G_C} a channel
 """
 
 import triton

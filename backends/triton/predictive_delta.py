@@ -73,7 +73,6 @@ class PredictiveDelta:
         s, (_, k, v, beta, g, first) = call.sizes, x
         y, last = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(first)
         cut = Cut(call.problem(), call.x, config["block_t"])
-        cut.sum_decays()
         cut.prepare()
         states, written = cut.chain(config, False, {"final.state": last}, None, exact=True)
         assert states is not None and written is not None
