@@ -21,6 +21,7 @@ from . import delta_chunk_forward as forwards
 from .kernel import (
     PROCESSORS,
     TritonKernel,
+    at_most,
     blank_unused,
     block,
     dense,
@@ -167,7 +168,7 @@ class Cut:
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
             **self.constants(block(s.K)), DELTA=self.delta, PRECISION=self.precision,
-            num_warps=max(1, block(s.K) // 32), num_stages=1,
+            num_warps=max(1, block(s.K) // 32), num_stages=1, **(at_most(168) if k.element_size() == 2 else {}),
         )  # fmt: skip
 
     def spell_out(self, exact: bool) -> None:
@@ -273,19 +274,21 @@ def _side_by_side(
     # What decays are still to meet stays in float32: it is summed before it is rounded.
     dq_met, dk_met = (cut.scratch(s.K, torch.float32) if folded else d for d in (dq, dk))
     dkeys_in = cut.scratch(s.K, torch.float32) if folded and cut.delta else None
-    dp, dn = cut.scratch(cut.block_t), cut.scratch(cut.block_t) if cut.delta else None
+    apart = cut.delta or cut.decay == 1
+    dp, dn = (cut.scratch(cut.block_t) if wanted else None for wanted in (apart or folded, cut.delta))
     dfade = torch.empty_like(cut.fade) if folded else None
-    own = None if folded else cut.scalars()
+    own = cut.scalars() if apart and not folded else None
     dstrength, dlog = cut.scalars() if cut.delta else None, cut.scalars() if cut.decay == 1 else None
     dg = dx.get("log_decay")
     q, k, beta = place(cut.q, 0, 1, 2), place(cut.keys_in, 0, 1, 2), place(cut.beta, 0, 1, 2)
     u, arriving = place(written, 0, 1, 2), place(dy, 0, 1, 2)
     lengths = (cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale)
     constants = cut.constants(*cut.wide) | {"DELTA": cut.delta, "DECAY": cut.decay, "PRECISION": cut.precision}
-    adjoint.pairs_back[(cut.rows * s.H,)](
-        *q, *k, *place(cut.v, 0, 1, 2), *beta, *place(cut.g, 0, 1, 2), *u, *arriving, cut.pairs, cut.a, cut.total,
-        dwritten, dx["v"], dp, dn, own, dstrength, dlog, *lengths, **constants, num_warps=cut.warps, num_stages=2,
-    )  # fmt: skip
+    if apart:
+        adjoint.pairs_back[(cut.rows * s.H,)](
+            *q, *k, *place(cut.v, 0, 1, 2), *beta, *place(cut.g, 0, 1, 2), *u, *arriving, cut.pairs, cut.a, cut.total,
+            dwritten, dx["v"], dp, dn, own, dstrength, dlog, *lengths, **constants, num_warps=cut.warps, num_stages=2,
+        )  # fmt: skip
     adjoint.chunks_back[(cut.rows * s.H,)](
         *q, *k, *beta, *u, *arriving, dwritten, dp, dn, own, dstrength, dlog, states, dstates, cut.inward,
         cut.outward, cut.fade, dq_met, dk_met, dkeys_in, dx.get("beta"), dg, dfade, *lengths, **constants,

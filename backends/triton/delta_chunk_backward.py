@@ -116,6 +116,17 @@ def chain_back(
         tl.store(dfirst + where + matrix, ds.to(dfirst.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def products(x, y, rows, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """``X Yᵀ`` of the rows of a chunk."""
+    found = tl.zeros([BT, BT], tl.float32)
+    for at in range(0, K, BK):
+        c = at + tl.arange(0, BK)[None, :]
+        left, right = tl.load(x + c, mask=rows & (c < K), other=0.0), tl.load(y + c, mask=rows & (c < K), other=0.0)
+        found += dot(left, tl.trans(right), PRECISION)
+    return found
+
+
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def pairs_back(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
@@ -198,17 +209,6 @@ def pairs_back(
         tl.store(dlog + place, pair_decays_gradient(change, log, BT, operand, PRECISION), mask=t < count)
 
 
-@triton.jit
-def products(x, y, rows, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """``X Yᵀ`` of the rows of a chunk."""
-    found = tl.zeros([BT, BT], tl.float32)
-    for at in range(0, K, BK):
-        c = at + tl.arange(0, BK)[None, :]
-        left, right = tl.load(x + c, mask=rows & (c < K), other=0.0), tl.load(y + c, mask=rows & (c < K), other=0.0)
-        found += dot(left, tl.trans(right), PRECISION)
-    return found
-
-
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def chunks_back(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, beta, beta_b, beta_t, beta_h, u, u_b, u_t, u_h, dy, dy_b, dy_t, dy_h,
@@ -219,7 +219,8 @@ def chunks_back(
 ):  # fmt: skip
     """One chunk of one head, from what ``pairs_back`` left: dQ, dK, and the gradients of beta and decays.
 
-    With DECAY 2, k is e^G∘K, dq and dk are what meets the state; pairs are left to ``decays.unfold``.
+    Where pairs have neither a system to solve nor a decay of their own, dP is one product and computed here. With
+    DECAY 2, k is e^G∘K, dq and dk are what meets the state; pairs are left to ``decays.unfold``.
     """
     pid = tl.program_id(0)
     head, row = pid % heads, (pid // heads).to(tl.int64)
@@ -240,7 +241,15 @@ def chunks_back(
         strength = tl.load(beta + batch * beta_b + (start + t) * beta_t + head * beta_h, mask=t < count, other=0.0)
         strength = strength.to(tl.float32)[:, None]
         found = tl.load(dstrength + place, mask=t < count, other=0.0)
-    if DECAY < 2:
+    if not DELTA and DECAY != 1:
+        i, j = t[:, None], t[None, :]
+        reads = scale * products(dy, u, rows, V, BT, BV, PRECISION)
+        if DECAY == 2:
+            tl.store(dp + pair, tl.where(i >= j, reads, 0.0).to(dp.dtype.element_ty), mask=below)
+        else:
+            alone = tl.sum(tl.where(i == j, reads, 0.0), axis=1)[:, None]
+            reads = tl.where(i > j, reads, 0.0).to(k.dtype.element_ty)
+    elif DECAY < 2:
         reads = tl.load(dp + pair, mask=below, other=0.0)
         alone = tl.load(own + place, mask=t < count, other=0.0)[:, None]
         if DELTA:

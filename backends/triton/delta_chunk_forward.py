@@ -7,8 +7,8 @@ A chunk of C tokens starts from a state S; rows are tokens, G a running sum of `
     U' = U − W S  (delta), V (linear)                                   Y = scale (e^G∘Q) S + P U'
     S_C = e^{G_C} S + (e^{G_C−G}∘K)ᵀ U'
 
-``running`` sums decays, ``scores`` fills P and K Kᵀ∘L, ``solve`` A, for all chunks side by side: no state is in them, so
-they are off the chain. Where there is no system to solve whoever reads computes P, if that costs less than loading it.
+``running`` sums decays, ``scores`` fills P and K Kᵀ∘L, ``solve`` A, for all chunks side by side: no state is in them,
+so they are off the chain. Where there is no system to solve whoever reads computes P, if that is cheaper than loading.
 ``chain`` goes from chunk to chunk with the state on chip, in one of two forms: *fused*, where it computes
 ``U' = A beta (V − e^G∘K S)`` and also reads, so that states never leave the chip; *thin*, where it takes W and U from
 ``prepare`` and writes every chunk's first state and U', and ``outputs`` reads them side by side. With one decay a
@@ -298,6 +298,17 @@ def chain(
             else:
                 write = write.to(tl.float32) - known
                 tl.store(written + place[:, None] * V + e[None, :], write.to(written.dtype.element_ty), mask=values)
+        if not WHOLE:
+            key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
+        # The state is done with before reads begin, which are of its copy: registers do not hold more.
+        leaving = write
+        if DECAY == 1:
+            out_of = tl.load(outward + place, mask=t < count, other=0.0)
+            leaving = write.to(tl.float32) * out_of[:, None]
+            s *= left
+        if DECAY == 2:
+            s *= left[:, None]
+        s = tl.dot(tl.trans(key), leaving.to(operand), s, input_precision=PRECISION)
         if FUSED:
             query = tl.load(q + here[:, None] * q_t + c[None, :], mask=keys, other=0.0)
             out = scale * dot(query, held, PRECISION)
@@ -312,15 +323,6 @@ def chain(
                 reads = tl.load(p + place[:, None] * BT + t[None, :], mask=rows & below, other=0.0)
             out = read(reads, write, out, PRECISION)
             tl.store(y + place[:, None] * V + e[None, :], out.to(y.dtype.element_ty), mask=values)
-        if not WHOLE:
-            key = tl.load(k + here[:, None] * k_t + c[None, :], mask=keys, other=0.0)
-        if DECAY == 1:
-            out_of = tl.load(outward + place, mask=t < count, other=0.0)
-            write = (write.to(tl.float32) * out_of[:, None]).to(operand)
-            s *= left
-        if DECAY == 2:
-            s *= left[:, None]
-        s += dot(tl.trans(key), write.to(operand), PRECISION)
         if MARKED:
             if (at + count) % every == 0:
                 where = ((mark + (at + count) // every - 1) * heads + head) * K * V
