@@ -78,19 +78,16 @@ def locate(
 
 @triton.jit
 def fading(
-    inward, fade, base, row, i, length, every, heads, head, c,
-    K: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, CHECKPOINTS: tl.constexpr,
+    fade, row, i, length, every, heads, head, c,
+    K: tl.constexpr, BT: tl.constexpr, CHECKPOINTS: tl.constexpr,
 ):  # fmt: skip
-    """What chunk i leaves of a state: a number where DECAY is 1, one a channel where it is 2.
+    """What chunk i leaves of every channel of a state.
 
-    Triton stages loads ahead only where they go into products, so a chain asks for this one a chunk before its use.
+    Triton stages loads ahead only where they go into products, so a chain asks for this one a chunk before its use: for
+    a vector, as one number would go to a uniform register, which is waited for at once.
     """
-    at, count = chunk(i, length, every, BT, CHECKPOINTS)
-    if DECAY == 1:
-        found = tl.load(inward + base + (at + count - 1).to(tl.int64) * heads, mask=count > 0, other=1.0)
-    else:
-        found = tl.load(fade + ((row + i) * heads + head) * K + c, mask=c < tl.where(count > 0, K, 0), other=1.0)
-    return found
+    _, count = chunk(i, length, every, BT, CHECKPOINTS)
+    return tl.load(fade + ((row + i) * heads + head) * K + c, mask=c < tl.where(count > 0, K, 0), other=1.0)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ class Cut:
         v, beta, g: as given.
         plain: q and k before their decays.
         keys_in: k with the decays since the chunk's start, where those are a channel's; k otherwise.
-        inward, outward, total: see ``delta_chunk_forward``, where decays are a head's.
+        inward, outward, total, fade: decays; see ``delta_chunk_forward``.
     """
 
     problem: Problem
@@ -81,7 +81,6 @@ class Cut:
         self.marks = first_marks(problem, x["offsets"])
         self.precision = precision(problem) if problem.dtype == "float32" else "tf32"
         self.warps = 4 if q.element_size() == 2 else 8
-        self.fade: Any = None
         self.pairs: Any = None
         self.p: Any = None
         self.a: Any = None
@@ -89,18 +88,20 @@ class Cut:
         # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: on blocks of 16
         # channels Triton 3.6 reads beyond its shared memory.
         self.wide = (64, 64) if q.element_size() == 2 else (min(32, block(s.K)), min(32, block(s.V)))
-        self.inward, self.outward, self.total = self._running() if self.decay == 1 else (None, None, None)
+        self.inward, self.outward, self.total = (self.scalars() if self.decay == 1 else None for _ in range(3))
+        fades = (self.rows, s.H, s.K)
+        self.fade = torch.empty(fades, dtype=torch.float32, device=k.device) if self.decay else None
+        if self.decay == 1:
+            self._running()
 
-    def _running(self) -> tuple[Array, Array, Array]:
+    def _running(self) -> None:
         """What one decay a head leaves of a state from token to token of a chunk."""
-        inward, outward, total = self.scalars(), self.scalars(), self.scalars()
         heads = self.problem.sizes.H
         block_h = min(16, triton.next_power_of_2(heads))
         forwards.running[(self.rows * triton.cdiv(heads, block_h),)](
-            *place(self.g, 0, 1, 2), inward, outward, total, self.offsets, *self.lengths(), BT=self.block_t,
-            BH=block_h, PACKED=self.problem.packed, CHECKPOINTS=self.every > 0, num_warps=4,
+            *place(self.g, 0, 1, 2), self.inward, self.outward, self.total, self.fade, self.offsets, *self.lengths(),
+            **self.constants(block(self.problem.sizes.K)), BH=block_h, num_warps=4,
         )  # fmt: skip
-        return inward, outward, total
 
     @property
     def offsets(self) -> Array | None:
@@ -163,7 +164,6 @@ class Cut:
         s, (q, k) = self.problem.sizes, self.plain
         self.q, self.k = self.scratch(s.K), self.scratch(s.K)
         self.keys_in = self.scratch(s.K) if self.delta else self.k
-        self.fade = torch.empty((self.rows, s.H, s.K), dtype=torch.float32, device=k.device)
         decays.fold[grid](
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
@@ -341,7 +341,7 @@ def _stages(delta: bool, decay: int, half: bool, channels: int, block_v: int) ->
         return 1
     if delta and decay == 2 and channels > 64 and block_v > 32:
         return 2
-    return 4 if not delta and (not decay or channels > 64) else 3
+    return 4 if not delta and (not decay or (decay == 2 and channels > 64)) else 3
 
 
 def _computes_reads(problem: Problem, config: Config) -> bool:

@@ -71,12 +71,12 @@ def chain_back(
     number = chunks(length, every, BT, CHECKPOINTS)
     if DECAY:
         final = tl.maximum(number - 1, 0)
-        ahead = fading(inward, fade, base, row, final, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+        ahead = fading(fade, row, final, length, every, heads, head, c, K, BT, CHECKPOINTS)
     for step in range(number):
         i = number - 1 - step
         if DECAY:
             left, before = ahead, tl.maximum(i - 1, 0)
-            ahead = fading(inward, fade, base, row, before, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+            ahead = fading(fade, row, before, length, every, heads, head, c, K, BT, CHECKPOINTS)
         at, count = chunk(i, length, every, BT, CHECKPOINTS)
         here = at + t
         rows = (t < count)[:, None]
@@ -104,8 +104,7 @@ def chain_back(
         if DECAY == 1:
             into = tl.load(inward + place, mask=t < count, other=0.0)
             arriving = (arriving.to(tl.float32) * into[:, None]).to(operand)
-            ds *= left
-        if DECAY == 2:
+        if DECAY:
             ds *= left[:, None]
         ds += scale * dot(tl.trans(query), arriving, PRECISION)
         if DELTA:

@@ -18,7 +18,7 @@ P, A and what is like them lie in memory by blocks of 16 tokens, those on the di
 
     q, k [B,T,G,K]   v [B,T,H,V]   w [B,T,H,K]   u [B,T,H,V]   p [B,T,H,C]   states [R,H,K,V], a row a chunk
     inward [B,T,H] = e^{G_i}, outward [B,T,H] = e^{G_C−G_i}, total [B,T,H] = G as ``blocks.falling`` takes it;
-    fade [R,H,K] = e^{G_C} a channel
+    fade [R,H,K] = e^{G_C}
 """
 
 import triton
@@ -95,10 +95,11 @@ def solve(
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
 def running(
-    g, g_b, g_t, g_h, inward, outward, total, offsets, tokens, sequences, per, every, heads, group,
-    BT: tl.constexpr, BH: tl.constexpr, PACKED: tl.constexpr, CHECKPOINTS: tl.constexpr,
+    g, g_b, g_t, g_h, inward, outward, total, fade, offsets, tokens, sequences, per, every, heads, group,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, PACKED: tl.constexpr,
+    CHECKPOINTS: tl.constexpr,
 ):  # fmt: skip
-    """Decays of one chunk of a block of heads: from its start, to its end, and the sum that ``falling`` takes."""
+    """Decays of a chunk of a block of heads: from its start, to its end, as a sum for ``falling``, and all together."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(heads, BH)
     row = (pid // blocks).to(tl.int64)
@@ -113,6 +114,9 @@ def running(
     tl.store(inward + place, tl.exp(tl.cumsum(log, axis=0)), mask=inside)
     tl.store(outward + place, tl.exp(tl.cumsum(later, axis=0, reverse=True)), mask=inside)
     tl.store(total + place, tl.cumsum(tl.maximum(log, LEAST_HALF), axis=0), mask=inside)
+    left, c = tl.exp(tl.sum(log, axis=0))[:, None], tl.arange(0, BK)[None, :]
+    h = (pid % blocks) * BH + tl.arange(0, BH)[:, None]
+    tl.store(fade + (row * heads + h) * K + c, left, mask=(h < heads) & (c < K))
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])
@@ -259,14 +263,14 @@ def chain(
         beta += batch * beta_b + start * beta_t + head * beta_h
     base = (batch * tokens + start) * heads + head
     if DECAY:
-        ahead = fading(inward, fade, base, row, length * 0, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+        ahead = fading(fade, row, length * 0, length, every, heads, head, c, K, BT, CHECKPOINTS)
     OWN: tl.constexpr = FUSED and p is None and DECAY == 1
     if OWN:
         sums_ahead = falls(total, base, length * 0, length, every, heads, BT, CHECKPOINTS)
     for i in range(chunks(length, every, BT, CHECKPOINTS)):
         if DECAY:
             left = ahead
-            ahead = fading(inward, fade, base, row, i + 1, length, every, heads, head, c, K, BT, DECAY, CHECKPOINTS)
+            ahead = fading(fade, row, i + 1, length, every, heads, head, c, K, BT, CHECKPOINTS)
         if OWN:
             sums = sums_ahead
             sums_ahead = falls(total, base, i + 1, length, every, heads, BT, CHECKPOINTS)
@@ -305,8 +309,7 @@ def chain(
         if DECAY == 1:
             out_of = tl.load(outward + place, mask=t < count, other=0.0)
             leaving = write.to(tl.float32) * out_of[:, None]
-            s *= left
-        if DECAY == 2:
+        if DECAY:
             s *= left[:, None]
         s = tl.dot(tl.trans(key), leaving.to(operand), s, input_precision=PRECISION)
         if FUSED:
