@@ -341,7 +341,7 @@ def _stages(delta: bool, decay: int, half: bool, channels: int, block_v: int) ->
         return 1
     if delta and decay == 2 and channels > 64 and block_v > 32:
         return 2
-    return 4 if not delta and (not decay or (decay == 2 and channels > 64)) else 3
+    return 4 if not delta and (not decay or channels > 64) else 3
 
 
 def _computes_reads(problem: Problem, config: Config) -> bool:
