@@ -90,7 +90,7 @@ class Cut:
         self.wide = (64, 64) if q.element_size() == 2 else (min(32, block(s.K)), min(32, block(s.V)))
         self.inward, self.outward, self.total = (self.scalars() if self.decay == 1 else None for _ in range(3))
         fades = (self.rows, s.H, s.K)
-        self.fade = torch.empty(fades, dtype=torch.float32, device=k.device) if self.decay else None
+        self.fade: Any = torch.empty(fades, dtype=torch.float32, device=k.device) if self.decay else None
         if self.decay == 1:
             self._running()
 
