@@ -96,6 +96,14 @@ def precision(problem: Problem) -> str:
     return "tf32" if problem.flags.allow_tf32 else "ieee"
 
 
+def at_most(registers: int) -> dict[str, int]:
+    """How a launch keeps a thread to so many registers, which lets more programs share a multiprocessor.
+
+    AMD's compiler knows no such option.
+    """
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
 def block(width: int) -> int:
     """The power of two, from 16 up, that holds a width: what ``tl.dot`` takes."""
     return max(16, 1 << (width - 1).bit_length())

@@ -127,7 +127,7 @@ def _read_again(cut: Cut, queries: Array, states: Array, written: Array) -> Arra
     cut.q, cut.scale = queries, 1.0
     forwards.scores[(cut.rows * s.H,)](
         *place(cut.q, 0, 1, 2), *place(cut.k, 0, 1, 2), *place(cut.g, 0, 1, 2),
-        cut.p, None, cut.inward, cut.outward, cut.offsets, *cut.lengths(), cut.scale,
+        cut.p, None, cut.total, cut.offsets, *cut.lengths(), cut.scale,
         **cut.constants(cut.wide[0]), DELTA=False, DECAY=cut.decay, PRECISION=cut.precision,
         num_warps=4, num_stages=1,
     )  # fmt: skip
