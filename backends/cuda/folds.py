@@ -25,7 +25,7 @@ from .agreed import shares
 from .source import intrinsic
 
 if SIMULATED:
-    from .simulated import _cell, _lanes, load
+    from .simulated import _cell, _lanes, load, warp_barrier
 else:
     from llvmlite import ir
     from numba.core import cgutils, types
@@ -108,9 +108,9 @@ def _unfold_simulated(count, first, last):
         for bit, _ in reversed(chosen):
             own = [array[i] for i in range(have)]
             _lanes[lane] = own
-            thread.syncthreads()
+            warp_barrier()
             other = _lanes[lane ^ 1 << bit]
-            thread.syncthreads()
+            warp_barrier()
             low, high = (other, own) if lane >> bit & 1 else (own, other)
             for i in range(have):
                 array[i], array[have + i] = low[i], high[i]
@@ -125,9 +125,9 @@ def _fold_simulated(count, first, last):
         lane, kept = thread.threadIdx.x, count
         for bit in range(first, last):
             _lanes[lane] = [array[i] for i in range(kept)]
-            thread.syncthreads()
+            warp_barrier()
             other = _lanes[lane ^ 1 << bit]
-            thread.syncthreads()
+            warp_barrier()
             offset = 0
             if kept % 2 == 0:
                 kept //= 2
@@ -153,13 +153,13 @@ def unfold(count, first, last):
 if SIMULATED:
 
     def any_lane(flag):
-        """A vote of a warp, which is a block's only one where its outcome decides who meets at a barrier."""
+        """A vote of a warp."""
         thread = threading.current_thread()
         lane = thread.threadIdx.x
         _lanes[lane] = bool(flag)
-        thread.syncthreads()
+        warp_barrier()
         found = any(_lanes[lane // WARP * WARP + i] for i in range(WARP))
-        thread.syncthreads()
+        warp_barrier()
         return found
 
     def rsqrt(x):

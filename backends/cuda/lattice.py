@@ -51,8 +51,15 @@ def layouts(problem: Problem) -> list[dict[str, int]]:
             rows = -(-key_dim // (WARP // lanes * warps))
             columns = aligned(4 * -(-value_dim // (4 * lanes)), lanes)
             if rows * columns <= most // (2 if double else 1):
-                config = {"rows": rows, "columns": columns, "lanes": lanes, "warps": warps, "tile": 4}
-                if shared(problem, config, 1) <= SHARED:
+                config = {
+                    "rows": rows,
+                    "columns": columns,
+                    "lanes": lanes,
+                    "warps": warps,
+                    "carriers": max(1, warps // 2),
+                    "tile": 4,
+                }
+                if shared(problem, config) <= SHARED:
                     found.append(config)
     return sorted(found, key=lambda config: _cost(problem, config))
 
@@ -77,12 +84,12 @@ def _cost(problem: Problem, config: Config) -> float:
     return work * warps if crowded(problem) else work * max(1, warps / 4) + 30 * (along + across)
 
 
-def shared(problem: Problem, config: Config, together: int) -> int:
+def shared(problem: Problem, config: Config) -> int:
     """Bytes of shared memory that a block takes."""
     rows, columns, lanes, warps, tile = (config[name] for name in ("rows", "columns", "lanes", "warps", "tile"))
     keys, values = rows * (WARP // lanes) * warps, columns * lanes
     strengths = keys if problem.layout("beta") == "B T H K" else 1
-    numbers = 2 * tile * (2 * keys + strengths + values + 1) + 2 * warps * values * (1 + together)
+    numbers = 2 * tile * (2 * keys + strengths + values + 1) + 2 * warps * values * (1 + tile) + 3 * keys
     return numbers * (8 if problem.compute_dtype == "float64" else 4)
 
 
@@ -179,11 +186,9 @@ def run_forward(
     """Queue the forward: from the slots ``origin`` to ``final``, filling what else is given."""
     s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
-    together = next(n for n in (4, 2, 1) if shared(problem, config, n) <= SHARED)
     chosen = constants(
         shape_of(problem, config, x)
         | {
-            "together": together,
             "source": kind(origin),
             "target": kind(final) or real,
             "marked": checkpoints is not None,
@@ -200,7 +205,7 @@ def run_forward(
         *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
         *place(measured, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
     )  # fmt: skip
-    threads = config["warps"] * WARP
+    threads = (config["warps"] + config["carriers"]) * WARP
     few = config["rows"] * config["columns"] * threads <= MOST_OF_A_CROWD and real == "float32"
     registers = REGISTERS // (CROWD * threads) if few and crowded(problem) else 0
     FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), 0, registers)

@@ -63,3 +63,21 @@ def seat(rows, columns, lanes):
         return warp, lane, m, band, row0, column0, mine
 
     return places
+
+
+@functools.cache
+def own_rows(rows, lanes):
+    """``count, place``: of a sum over the values a lane keeps so many rows; ``place(lane)`` is the first of them, and
+    whether no lane before has the same."""
+    first, last = (WARP // lanes).bit_length() - 1, WARP.bit_length() - 1
+    count, chosen = shares(rows, first, last)
+    REST = sum(1 << bit for bit in range(first, last)) - sum(1 << bit for bit, _ in chosen)
+
+    @_for_device
+    def place(lane):
+        row = np.int32(0)
+        for bit, offset in chosen:
+            row += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
+        return row, lane & np.int32(REST) == np.int32(0)
+
+    return count, place
