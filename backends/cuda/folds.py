@@ -8,6 +8,7 @@
     rsqrt(x)                      1/√x
     fma(x, y, z)                  x y + z, rounded once
     base = shared_place(array)    where a shared array lies, worked out once and kept in a register
+    onward(real)(base, index)     the address of its index-th number, kept in a register too
     get(real, 4)(base, i)         four neighbours of it as a tuple, i a multiple of 4; so for 2 and 1
     put(real)(base, i, x)         one of them; put_four(real)(base, i, a, b, c, d)
     read_four(real)(address, i)   four neighbours of global memory, i a multiple of 4 and 16 bytes for each; write_four
@@ -178,6 +179,10 @@ if SIMULATED:
         """The array itself."""
         return array
 
+    def onward(real):
+        """See the module: the rest of the array."""
+        return lambda base, index: base[index:]
+
     @functools.cache
     def get(real, count):
         """See the module."""
@@ -314,13 +319,27 @@ else:
         """The address of a shared array in its own space; left to itself, the compiler asks for it at every access."""
 
         def emit(context, builder, signature, values):
-            word = ir.IntType(32)
             data = context.make_array(signature.args[0])(context, builder, values[0]).data
             place = builder.addrspacecast(data, ir.PointerType(data.type.pointee, 3))
+            word = ir.IntType(32)
             move = ir.InlineAsm(ir.FunctionType(word, [word]), "mov.u32 $0, $1;", "=r,r", side_effect=True)
             return builder.call(move, [builder.ptrtoint(place, word)])
 
         return types.int32(array), emit
+
+    @functools.cache
+    def onward(real):
+        """See the module: what a lane gets from itself, no compiler knows how to work out again."""
+
+        @intrinsic
+        def there(typing_context, base, index):
+            def emit(context, builder, signature, values):
+                size = ir.Constant(ir.IntType(32), _BITS[real] // 8)
+                return _from_lane(builder, builder.add(values[0], builder.mul(values[1], size)), 0)
+
+            return types.int32(types.int32, types.int32), emit
+
+        return there
 
     def _shared(builder, base, index, real, count):
         """A vector of shared memory, and its alignment."""

@@ -35,9 +35,9 @@ import numpy as np
 
 from .agreed import DECODING, ENCODING, shares
 from .device import WARP, load, store, sum_lanes, warp_barrier
-from .folds import any_lane, fma, fold, get, later, put, rsqrt, shared_place, write_four
+from .folds import any_lane, fma, fold, get, later, put, rsqrt, onward, shared_place, write_four
 from .lattice_slots import direction
-from .place import marks_before, own_rows, seat, span
+from .place import for_device, marks_before, own_rows, seat, span
 from .source import cuda
 
 # ‖s̃‖² is measured where the terms of its formula are so many times larger than it.
@@ -75,7 +75,7 @@ def build(
     number = np.dtype(real).type
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
     along, along_all, across = sum_lanes(BITS, ALL_BITS), fold(R, BITS, ALL_BITS), fold(C, 0, BITS)
-    take_rows, take_four, take, leave = get(real, ROW), get(real, 4), get(real, 1), put(real)
+    take_rows, take_four, take, leave, on = get(real, ROW), get(real, 4), get(real, 1), put(real), onward(real)
     read, widen, bits = later(kind, real)
     read_beta, widen_beta, beta_bits = later(beta, real)
     read_decay, widen_decay, decay_bits = later(decay, real)
@@ -84,6 +84,69 @@ def build(
     no_bits, no_beta, no_decay = bits(0), beta_bits(0), decay_bits(0)
     write_target, write_mark, write_real = store(target), store(marks), store(real)
     read_slot, read_out_slot, read_fresh = load(slots), load(out_slots), load(fresh)
+
+    @for_device
+    def publish(at_own, own_w, own_c, own_norm, inverse):
+        """How far a lane's own slots turn, for the lanes that have these slots too."""
+        for i in range(OWN_ROWS):
+            leave(at_own, TURNS + i, own_w[i] * inverse[i])
+            leave(at_own, PULLS + i, own_c[i] * inverse[i])
+            if not READ_NORM:
+                leave(at_own, NORMS + i, own_norm[i])
+        warp_barrier()
+
+    @for_device
+    def measure(at_rows, at_own, s, h, sizes, own_w, own_c, own_norm, inverse):
+        """‖s̃‖² itself, where it is not its formula."""
+        publish(at_own, own_w, own_c, own_norm, inverse)
+        for i in range(R):
+            size, of_s, of_h = zero, take(at_rows, TURNS + i)[0], take(at_rows, PULLS + i)[0]
+            for j in range(C):
+                turned = of_s * s[i * C + j] + of_h * h[j]
+                size += turned * turned
+            sizes[i] = size
+        along_all(sizes)
+        warp_barrier()
+        for i in range(OWN_ROWS):
+            over = rsqrt(sizes[i]) if sizes[i] > zero else zero
+            own_norm[i] *= sizes[i] * over
+            inverse[i] *= over
+
+    @for_device
+    def predict(at_part, to, ahead, rho, alpha, s, h, sums):
+        """What the slots, once turned, predict of the next token."""
+        if GATED:
+            for j in range(C):
+                sums[j] = zero
+            for i in range(R):
+                for j in range(C):
+                    sums[j] += ahead[i] * s[i * C + j]
+        else:
+            pull = zero
+            for i in range(R):
+                pull += ahead[i] * alpha[i]
+            for j in range(C):
+                sums[j] = pull * h[j]
+            for i in range(R):
+                weight = ahead[i] * rho[i]
+                for j in range(C):
+                    sums[j] += weight * s[i * C + j]
+        across(sums)
+        for j in range(OWN):
+            leave(at_part, to + j // 4 * 4 * L + j % 4, sums[j])
+
+    @for_device
+    def learn(at_rows, rho, alpha, norm):
+        """What ``publish`` has left, of a lane's slots."""
+        for x in range(R // ROW):
+            turns = take_rows(at_rows, TURNS + ROW * x)
+            pulls = take_rows(at_rows, PULLS + ROW * x)
+            for i in range(ROW):
+                rho[ROW * x + i], alpha[ROW * x + i] = turns[i], pulls[i]
+            if not READ_NORM:
+                norms = take_rows(at_rows, NORMS + ROW * x)
+                for i in range(ROW):
+                    norm[ROW * x + i] = norms[i]
 
     def kernel(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h, beta_d,
@@ -189,6 +252,9 @@ def build(
         warp, lane, m, band, row0, column0, mine = seated(thread)
         own, leads = owned(lane)
         own += row0
+        # Where a lane's slots, its own ones, its columns and its part of a sum lie in an array of them.
+        at_rows, at_own = on(held, row0), on(held, own)
+        at_columns, at_part = on(held, column0), on(held, warp * np.int32(VP) + mine)
         begins = False
         if fresh != 0:
             begins = read_fresh(fresh, n * fresh_n) != 0
@@ -250,29 +316,30 @@ def build(
             for j in range(C):
                 sums[j] = zero
             for i in range(R):
-                key = take(held, row0 + i)[0]
+                key = take(at_rows, i)[0]
                 for j in range(C):
                     sums[j] += key * s[i * C + j]
             across(sums)
             for j in range(OWN):
-                leave(held, PARTS + warp * np.int32(VP) + mine + j // 4 * 4 * L + j % 4, sums[j])
+                leave(at_part, PARTS + j // 4 * 4 * L + j % 4, sums[j])
 
         # One token more than there are: it finds nothing, and what the last one left to be done is done.
-        for t in range(length + 1):
-            here, then = np.int32(t) & np.int32(RING - 1), np.int32(t + 1) & np.int32(RING - 1)
-            gone, side = np.int32(t - 1) & np.int32(RING - 1), np.int32(t) & np.int32(1)
+        for time in range(np.int32(length) + np.int32(1)):
+            t, last = np.int32(time), np.int32(RING - 1)
+            here, then, gone = t & last, t + np.int32(1) & last, t - np.int32(1) & last
+            side = t & np.int32(1)
             cuda.syncthreads()
 
             # The values of this token, and what is left of them where the slots predict.
-            at = VALUES + here * np.int32(VP) + column0
+            at = VALUES + here * np.int32(VP)
             for x in range(WIDE):
-                some = take_four(held, at + 4 * L * x)
+                some = take_four(at_columns, at + 4 * L * x)
                 for i in range(4):
                     fresh_h[4 * x + i] = some[i]
             if DECODES:
-                at = PARTS + side * np.int32(W * VP) + column0
+                at = PARTS + side * np.int32(W * VP)
                 for x in range(WIDE * W):
-                    some = take_four(held, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                    some = take_four(at_columns, at + x // WIDE * VP + 4 * L * (x % WIDE))
                     for i in range(4):
                         fresh_h[4 * (x % WIDE) + i] -= some[i]
 
@@ -287,7 +354,7 @@ def build(
                         size += s[i * C + j] * s[i * C + j]
                     r[i] = size
                 along_all(r)
-            if MARKS and t > 0:
+            if MARKS and t > np.int32(0):
                 until_mark -= 1
                 if until_mark == 0:
                     until_mark = every
@@ -326,9 +393,9 @@ def build(
             strength = take(held, BETAS + here)[0] if not PER_SLOT else zero
             careful = GATED
             for i in range(OWN_ROWS):
-                key = take(held, here * np.int32(KP) + own + i)[0]
+                key = take(at_own, here * np.int32(KP) + i)[0]
                 if PER_SLOT:
-                    strength = take(held, BETAS + here * np.int32(KP) + own + i)[0]
+                    strength = take(at_own, BETAS + here * np.int32(KP) + i)[0]
                 c = strength * (key - a[i] if ENCODES else key)
                 w = fma(-c, a[i], mu)
                 own_w[i], own_c[i] = w, c
@@ -341,55 +408,30 @@ def build(
                     careful = careful or turned + pulled > many * square
                     over = rsqrt(square)
                     own_norm[i], inverse[i] = square * over, over
-            if GATED or any_lane(careful):
-                for i in range(OWN_ROWS):
-                    leave(held, TURNS + own + i, own_w[i] * inverse[i])
-                    leave(held, PULLS + own + i, own_c[i] * inverse[i])
-                warp_barrier()
-                for i in range(R):
-                    size, of_s, of_h = zero, take(held, TURNS + row0 + i)[0], take(held, PULLS + row0 + i)[0]
-                    for j in range(C):
-                        turned = of_s * s[i * C + j] + of_h * h[j]
-                        size += turned * turned
-                    sizes[i] = size
-                along_all(sizes)
-                warp_barrier()
-                for i in range(OWN_ROWS):
-                    over = rsqrt(sizes[i]) if sizes[i] > zero else zero
-                    own_norm[i] *= sizes[i] * over
-                    inverse[i] *= over
-            for i in range(OWN_ROWS):
-                leave(held, TURNS + own + i, own_w[i] * inverse[i])
-                leave(held, PULLS + own + i, own_c[i] * inverse[i])
-                if not READ_NORM:
-                    leave(held, NORMS + own + i, own_norm[i])
+            if GATED:
+                measure(at_rows, at_own, s, h, sizes, own_w, own_c, own_norm, inverse)
 
             # Meanwhile: what the token before reads.
             if READS:
-                to = OUTS + gone * np.int32(W * VP) + warp * np.int32(VP) + mine
+                to = OUTS + gone * np.int32(W * VP)
                 for j in range(C):
                     sums[j] = zero
                 for x in range(R // ROW):
-                    some = take_rows(held, QUERIES + gone * np.int32(KP) + row0 + ROW * x)
+                    some = take_rows(at_rows, QUERIES + gone * np.int32(KP) + ROW * x)
                     for i in range(ROW):
                         weight = some[i] if READ_NORM else some[i] * norm[ROW * x + i]
                         for j in range(C):
                             sums[j] += weight * s[(ROW * x + i) * C + j]
                 across(sums)
                 for j in range(OWN):
-                    leave(held, to + j // 4 * 4 * L + j % 4, sums[j])
+                    leave(at_part, to + j // 4 * 4 * L + j % 4, sums[j])
 
-            warp_barrier()
+            publish(at_own, own_w, own_c, own_norm, inverse)
+            learn(at_rows, rho, alpha, norm)
             for x in range(R // ROW):
-                keys = take_rows(held, then * np.int32(KP) + row0 + ROW * x)
-                turns = take_rows(held, TURNS + row0 + ROW * x)
-                pulls = take_rows(held, PULLS + row0 + ROW * x)
+                keys = take_rows(at_rows, then * np.int32(KP) + ROW * x)
                 for i in range(ROW):
-                    ahead[ROW * x + i], rho[ROW * x + i], alpha[ROW * x + i] = keys[i], turns[i], pulls[i]
-                if not READ_NORM:
-                    norms = take_rows(held, NORMS + row0 + ROW * x)
-                    for i in range(ROW):
-                        norm[ROW * x + i] = norms[i]
+                    ahead[ROW * x + i] = keys[i]
             if GATED:
                 if t == length:
                     break
@@ -401,6 +443,16 @@ def build(
                         for j in range(C):
                             s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
 
+            to = PARTS + (np.int32(1) - side) * np.int32(W * VP)
+            if DECODES:
+                predict(at_part, to, ahead, rho, alpha, s, h, sums)
+            if not GATED and any_lane(careful):
+                warp_barrier()
+                measure(at_rows, at_own, s, h, sizes, own_w, own_c, own_norm, inverse)
+                publish(at_own, own_w, own_c, own_norm, inverse)
+                learn(at_rows, rho, alpha, norm)
+                if DECODES:
+                    predict(at_part, to, ahead, rho, alpha, s, h, sums)
             if KEEPS:
                 at = ((row_at + t) * heads + head) * (2 * K + V)
                 for i in range(OWN_ROWS):
@@ -412,29 +464,6 @@ def build(
                         column = j // 4 * 4 * L + column0 + j % 4
                         if column < V:
                             write_real(measured, at + 2 * K + column, h[j])
-
-            # What the slots, once turned, predict of the next token.
-            if DECODES:
-                if GATED:
-                    for j in range(C):
-                        sums[j] = zero
-                    for i in range(R):
-                        for j in range(C):
-                            sums[j] += ahead[i] * s[i * C + j]
-                else:
-                    pull = zero
-                    for i in range(R):
-                        pull += ahead[i] * alpha[i]
-                    for j in range(C):
-                        sums[j] = pull * h[j]
-                    for i in range(R):
-                        weight = ahead[i] * rho[i]
-                        for j in range(C):
-                            sums[j] += weight * s[i * C + j]
-                across(sums)
-                to = PARTS + (np.int32(1) - side) * np.int32(W * VP) + warp * np.int32(VP) + mine
-                for j in range(OWN):
-                    leave(held, to + j // 4 * 4 * L + j % 4, sums[j])
 
         cuda.syncthreads()
         if final != 0 and real_slot and goes >= 0:

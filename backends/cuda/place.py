@@ -19,12 +19,12 @@ from .source import cuda
 _read = load("int64")
 
 
-def _for_device(function):
+def for_device(function):
     """Compiled where it is called; in the simulator a plain function."""
     return function if SIMULATED else cuda.jit(function, device=True, inline="always")
 
 
-@_for_device
+@for_device
 def span(offsets, n, tokens):
     """The row of a sequence, its first token there and how many it has."""
     if offsets == 0:
@@ -33,7 +33,7 @@ def span(offsets, n, tokens):
     return np.int64(0), start, np.int64(_read(offsets, n + 1)) - start
 
 
-@_for_device
+@for_device
 def marks_before(offsets, n, tokens, every):
     """How many checkpoints lie before those of sequence ``n``."""
     if offsets == 0:
@@ -51,7 +51,7 @@ def seat(rows, columns, lanes):
     BITS = M.bit_length() - 1
     R, L, CHOSEN = rows, lanes, shares(columns, 0, BITS)[1]
 
-    @_for_device
+    @for_device
     def places(thread):
         warp, lane = thread // np.int32(WARP) & np.int32(31), thread & np.int32(WARP - 1)
         m, band = lane & np.int32(M - 1), lane >> np.int32(BITS)
@@ -73,7 +73,7 @@ def own_rows(rows, lanes):
     count, chosen = shares(rows, first, last)
     REST = sum(1 << bit for bit in range(first, last)) - sum(1 << bit for bit, _ in chosen)
 
-    @_for_device
+    @for_device
     def place(lane):
         row = np.int32(0)
         for bit, offset in chosen:
