@@ -13,7 +13,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from . import WARP
-from .agreed import OBJECTIVES, backward_numbers, shares
+from .agreed import OBJECTIVES, backward_numbers, forward_numbers, shares
 from .arrays import SIZES, empty, kind, place
 from .delta import gather
 from .kernel import PROCESSORS, CudaKernel, blank_unused
@@ -32,9 +32,6 @@ FEW_CELLS, FEW_WARPS = (16, 32, 64), 8
 
 # Registers of a multiprocessor, and the blocks that are to share them where there are many heads, none too large.
 REGISTERS, CROWD, MOST_OF_A_CROWD = 65536, 4, 4096
-
-# Bytes of shared memory that a kernel has without asking for more.
-SHARED = 48 * 1024
 
 # Tokens whose slots a backward computes again at a time, whether these wait in shared memory, and how much there is.
 SEGMENTS = ((12, True), (8, True), (8, False), (4, False))
@@ -59,7 +56,7 @@ def layouts(problem: Problem) -> list[dict[str, int]]:
                     "carriers": max(1, warps // 2),
                     "tile": 4,
                 }
-                if shared(problem, config) <= SHARED:
+                if shared(problem, config) <= MOST_SHARED:
                     found.append(config)
     return sorted(found, key=lambda config: _cost(problem, config))
 
@@ -85,12 +82,9 @@ def _cost(problem: Problem, config: Config) -> float:
 
 
 def shared(problem: Problem, config: Config) -> int:
-    """Bytes of shared memory that a block takes."""
-    rows, columns, lanes, warps, tile = (config[name] for name in ("rows", "columns", "lanes", "warps", "tile"))
-    keys, values = rows * (WARP // lanes) * warps, columns * lanes
-    strengths = keys if problem.layout("beta") == "B T H K" else 1
-    numbers = 2 * tile * (2 * keys + strengths + values + 1) + 2 * warps * values * (1 + tile) + 3 * keys
-    return numbers * (8 if problem.compute_dtype == "float64" else 4)
+    """Bytes of shared memory that a block of the forward takes."""
+    per_slot = problem.layout("beta") == "B T H K"
+    return forward_numbers(**config, per_slot=per_slot) * SIZES[problem.compute_dtype]
 
 
 class LatticeRecurrent(CudaKernel):
@@ -208,7 +202,8 @@ def run_forward(
     threads = (config["warps"] + config["carriers"]) * WARP
     few = config["rows"] * config["columns"] * threads <= MOST_OF_A_CROWD and real == "float32"
     registers = REGISTERS // (CROWD * threads) if few and crowded(problem) else 0
-    FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), 0, registers)
+    held = shared(problem, config)
+    FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), held, registers)
 
 
 def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:

@@ -69,10 +69,10 @@ def build(
     OUTS = NORMS + (0 if read_norm else KP)
     BETAS = OUTS + (RING * W * VP if reads else 0)
     FADES = BETAS + RING * BP
-    ALL = FADES + RING
     SOME_K, SOME_V, SOME_B = -(-tile * KP // CARRIERS), -(-tile * VP // CARRIERS), -(-tile * BP // CARRIERS)
     FULL_K, FULL_V, FULL_B = tile * KP % CARRIERS == 0, tile * VP % CARRIERS == 0, tile * BP % CARRIERS == 0
-    number = np.dtype(real).type
+    element = np.dtype(real)
+    number = element.type
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
     along, along_all, across = sum_lanes(BITS, ALL_BITS), fold(R, BITS, ALL_BITS), fold(C, 0, BITS)
     take_rows, take_four, take, leave, on = get(real, ROW), get(real, 4), get(real, 1), put(real), onward(real)
@@ -155,7 +155,7 @@ def build(
         y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, measured,
         K, V, tokens, every, spacing, heads, group, scale: float,
     ):  # fmt: skip
-        held = shared_place(cuda.shared.array(ALL, number))
+        held = shared_place(cuda.shared.array(0, element))
         thread = np.int32(cuda.threadIdx.x)
         item = np.int32(cuda.blockIdx.x)
         n = np.int64(item // np.int32(heads))

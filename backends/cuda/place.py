@@ -18,6 +18,9 @@ from .source import cuda
 
 _read = load("int64")
 
+# What a lane adds where no bit chooses anything: Numba cannot loop over an empty tuple.
+NO_BITS = ((0, 0),)
+
 
 def for_device(function):
     """Compiled where it is called; in the simulator a plain function."""
@@ -49,7 +52,7 @@ def seat(rows, columns, lanes):
     """``places(thread)`` for a layout; ``mine`` is the first column that the lane keeps of a fold."""
     M = WARP // lanes
     BITS = M.bit_length() - 1
-    R, L, CHOSEN = rows, lanes, shares(columns, 0, BITS)[1]
+    R, L, CHOSEN = rows, lanes, shares(columns, 0, BITS)[1] or NO_BITS
 
     @for_device
     def places(thread):
@@ -71,12 +74,13 @@ def own_rows(rows, lanes):
     whether no lane before has the same."""
     first, last = (WARP // lanes).bit_length() - 1, WARP.bit_length() - 1
     count, chosen = shares(rows, first, last)
+    CHOSEN = chosen or NO_BITS
     REST = sum(1 << bit for bit in range(first, last)) - sum(1 << bit for bit, _ in chosen)
 
     @for_device
     def place(lane):
         row = np.int32(0)
-        for bit, offset in chosen:
+        for bit, offset in CHOSEN:
             row += (lane >> np.int32(bit) & np.int32(1)) * np.int32(offset)
         return row, lane & np.int32(REST) == np.int32(0)
 
