@@ -21,7 +21,7 @@ import numpy as np
 
 from .agreed import DECODING, ENCODING, shares
 from .device import WARP, load, store, sum_lanes
-from .folds import fma, fold, get, put, put_four, read_four, shared_place, write_four
+from .folds import fma, fold, get, later, put, put_four, read_four, shared_place, write_four
 from .lattice_slots import direction
 from .place import marks_before, seat, span
 from .source import cuda
@@ -49,14 +49,18 @@ def build(
     STATES = -(-(FADES + S) // 4) * 4
     NEAR = near
     STAGE_K, STAGE_V, STAGE_B = -(-S * KP // THREADS), -(-S * VP // THREADS), -(-S * BP // THREADS)
-    STAGE_G = -(-S // THREADS)
+    STAGE_G, FULL_K, FULL_V = -(-S // THREADS), S * KP % THREADS == 0, S * VP % THREADS == 0
     element = np.dtype(real)
     number = element.type
     zero, one = number(0), number(1)
     along, down, across = sum_lanes(BITS, ALL_BITS), sum_lanes(0, BITS), fold(C, 0, BITS)
     take, take_four, leave, leave_four = get(real, 1), get(real, 4), put(real), put_four(real)
-    read, read_beta, read_decay, read_first = load(kind), load(beta), load(decay), load(first)
-    read_dy, read_final, read_mark, read_real = load(dy), load(dfinal), load(dmarks), load(real)
+    read, widen, bits = later(kind, real)
+    read_beta, widen_beta, beta_bits = later(beta, real)
+    read_dy, widen_dy, dy_bits = later(dy, real)
+    no_bits, no_beta, no_dy = bits(0), beta_bits(0), dy_bits(0)
+    read_decay, read_first, read_real = load(decay), load(first), load(real)
+    read_final, read_mark = load(dfinal), load(dmarks)
     read_kept, write_kept = read_four(real), write_four(real)
     write_q, write_k, write_v, write_beta = store(dq), store(dk), store(kind), store(dbeta)
     write_g, write_initial = store(dg), store(dinitial)
@@ -91,6 +95,13 @@ def build(
             if offsets != 0:
                 mark_row = marks_before(offsets, n, tokens, every)
 
+        some_k = cuda.local.array(STAGE_K, bits)
+        some_q = cuda.local.array(STAGE_K, bits)
+        some_along = cuda.local.array(STAGE_K, number)
+        some_over = cuda.local.array(STAGE_K, number)
+        some_h = cuda.local.array(STAGE_V, number)
+        some_dy = cuda.local.array(STAGE_V, dy_bits)
+        some_b = cuda.local.array(STAGE_B, beta_bits)
         s = cuda.local.array(CELLS, number)
         carry = cuda.local.array(CELLS, number)
         rho = cuda.local.array(R, number)
@@ -123,37 +134,50 @@ def build(
             begin = part * S
             count = np.int32(min(np.int64(S), length - begin))
 
-            # A segment's tokens.
-            cuda.syncthreads()
+            # A segment's tokens and its first slots, all on their way before the first is waited for.
             for i in range(STAGE_K):
                 at = np.int32(i * THREADS) + thread
                 token, row = begin + at // np.int32(KP), at % np.int32(KP)
-                if at < S * KP:
-                    inside = token < length and row < K
-                    leave(held, at, number(read(k, k_at + token * k_t + row * k_d)) if inside else zero)
-                    leave(held, QUERIES + at, number(read(q, q_at + token * q_t + row * q_d)) if inside else zero)
-                    left = ((row_at + token) * heads + head) * (2 * K + V) + row
-                    leave(held, ALONG + at, read_real(measured, left) if inside else zero)
-                    leave(held, OVER + at, read_real(measured, left + K) if inside else zero)
+                inside = token < length and row < K and (FULL_K or at < S * KP)
+                left = ((row_at + token) * heads + head) * (2 * K + V) + row
+                some_k[i] = read(k, k_at + token * k_t + row * k_d) if inside else no_bits
+                some_q[i] = read(q, q_at + token * q_t + row * q_d) if inside else no_bits
+                some_along[i] = read_real(measured, left) if inside else zero
+                some_over[i] = read_real(measured, left + K) if inside else zero
             for i in range(STAGE_V):
                 at = np.int32(i * THREADS) + thread
                 token, column = begin + at // np.int32(VP), at % np.int32(VP)
-                if at < S * VP:
-                    inside = token < length and column < V
-                    left = ((row_at + token) * heads + head) * (2 * K + V) + 2 * K + column
-                    leave(held, HS + at, read_real(measured, left) if inside else zero)
-                    inside = inside and dy != 0
-                    leave(held, DYS + at, number(read_dy(dy, dy_at + token * dy_t + column * dy_d)) if inside else zero)
+                inside = token < length and column < V and (FULL_V or at < S * VP)
+                left = ((row_at + token) * heads + head) * (2 * K + V) + 2 * K + column
+                some_h[i] = read_real(measured, left) if inside else zero
+                inside = inside and dy != 0
+                some_dy[i] = read_dy(dy, dy_at + token * dy_t + column * dy_d) if inside else no_dy
             for i in range(STAGE_B):
                 at = np.int32(i * THREADS) + thread
                 token, row = begin + at // np.int32(BP), at % np.int32(BP)
+                inside = token < length and row < K and at < S * BP
+                some_b[i] = read_beta(beta, beta_at + token * beta_t + row * beta_d) if inside else no_beta
+            for e in range(CELLS // 4):
+                four = read_kept(kept, (((keep + part * heads) * (CELLS // 4) + e) * THREADS + thread) * 4)
+                for i in range(4):
+                    s[4 * e + i] = four[i]
+            cuda.syncthreads()
+            for i in range(STAGE_K):
+                at = np.int32(i * THREADS) + thread
+                if FULL_K or at < S * KP:
+                    leave(held, at, number(widen(some_k[i])))
+                    leave(held, QUERIES + at, number(widen(some_q[i])))
+                    leave(held, ALONG + at, some_along[i])
+                    leave(held, OVER + at, some_over[i])
+            for i in range(STAGE_V):
+                at = np.int32(i * THREADS) + thread
+                if FULL_V or at < S * VP:
+                    leave(held, HS + at, some_h[i])
+                    leave(held, DYS + at, number(widen_dy(some_dy[i])))
+            for i in range(STAGE_B):
+                at = np.int32(i * THREADS) + thread
                 if at < S * BP:
-                    inside = token < length and row < K
-                    leave(
-                        held,
-                        BETAS + at,
-                        number(read_beta(beta, beta_at + token * beta_t + row * beta_d)) if inside else zero,
-                    )
+                    leave(held, BETAS + at, number(widen_beta(some_b[i])))
             if GATED:
                 for i in range(STAGE_G):
                     at = np.int32(i * THREADS) + thread
@@ -165,10 +189,6 @@ def build(
             cuda.syncthreads()
 
             # Its slots, turned again.
-            for e in range(CELLS // 4):
-                four = read_kept(kept, (((keep + part * heads) * (CELLS // 4) + e) * THREADS + thread) * 4)
-                for i in range(4):
-                    s[4 * e + i] = four[i]
             for early in range(count):
                 for e in range(CELLS // 4):
                     if NEAR:
