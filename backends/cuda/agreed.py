@@ -30,4 +30,5 @@ def backward_numbers(*, rows, columns, lanes, warps, segment, per_slot, near):
     """How many numbers of shared memory a block takes: a segment's tokens, and sums over warps."""
     keys, values = rows * (WARP // lanes) * warps, columns * lanes
     states = segment * rows * columns * warps * WARP if near else 0
-    return states + segment * (4 * keys + 2 * values + (keys if per_slot else 1) + 1) + 2 * warps * (values + 2) + 4
+    tokens = 4 * keys + 2 * values + (keys if per_slot else 1) + 1
+    return states + segment * tokens + 2 * warps * values + 12 * keys + 4
