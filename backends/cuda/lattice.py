@@ -200,7 +200,7 @@ def run_forward(
         *place(measured, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
     )  # fmt: skip
     threads = (config["warps"] + config["carriers"]) * WARP
-    few = config["rows"] * config["columns"] * threads <= MOST_OF_A_CROWD and real == "float32"
+    few = config["rows"] * config["columns"] * config["warps"] * WARP <= MOST_OF_A_CROWD and real == "float32"
     registers = REGISTERS // (CROWD * threads) if few and crowded(problem) else 0
     held = shared(problem, config)
     FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), held, registers)
@@ -229,10 +229,10 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
     threads, heads, tokens = config["warps"] * WARP, s.N * s.H, s.B * s.T
     cells = threads * config["rows"] * config["columns"]
-    kept = empty(((tokens // segment + s.N) * s.H * cells,), real, q)
+    kept = empty(((tokens // segment + s.N) * s.H * s.K * (-(-s.V // 4) * 4),), real, q)
     measured = empty((tokens * s.H * (2 * s.K + s.V),), real, q)
     scratch = empty((0 if near else heads * segment * cells,), real, q)
-    run_forward(problem, config, x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
+    run_forward(problem, layouts(problem)[0], x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
 
     # Heads that share a key leave their parts of its gradient, to be added up.
     rows = {name: dx[name] if s.G == s.H else empty((1, tokens, s.H, s.K), real, q) for name in ("q", "k")}

@@ -12,7 +12,7 @@ barrier a token. Where a decay leaves little of a slot, n is small and x may be 
 again from the kept ones, which asks for no sum at all, and wait in shared memory, or in scratch where they do not fit,
 every thread's own.
 
-    kept, scratch: slots as threads hold them     measured [B·T, H, 2K + V]: a, 1/n, h     layout of ``lattice_forward``
+    kept: slots, a multiple of four columns     scratch: slots as threads hold them     measured [B·T, H, 2K + V]: a, 1/n, h     layout of ``lattice_forward``
 """
 
 import math
@@ -23,7 +23,7 @@ from .agreed import DECODING, ENCODING, shares
 from .device import WARP, load, store, sum_lanes, warp_barrier
 from .folds import fma, fold, get, later, onward, put, put_four, read_four, shared_place, write_four
 from .lattice_slots import direction
-from .place import marks_before, own_rows, seat, span
+from .place import aligned, marks_before, own_rows, seat, span
 from .source import cuda
 
 
@@ -165,10 +165,15 @@ def build(
                 token, row = begin + at // np.int32(BP), at % np.int32(BP)
                 inside = token < length and row < K and at < S * BP
                 some_b[i] = read_beta(beta, beta_at + token * beta_t + row * beta_d) if inside else no_beta
-            for e in range(CELLS // 4):
-                four = read_kept(kept, (((keep + part * heads) * (CELLS // 4) + e) * THREADS + thread) * 4)
-                for i in range(4):
-                    s[4 * e + i] = four[i]
+            for i in range(R):
+                for j in range(C):
+                    s[i * C + j] = one if row0 + i >= K and column0 + j == 0 else zero
+                for x in range(WIDE):
+                    row, column = row0 + i, 4 * L * x + column0
+                    if row < K and column < V:
+                        four = read_kept(kept, ((keep + part * heads) * K + row) * aligned(V) + column)
+                        for j in range(4):
+                            s[i * C + 4 * x + j] = four[j]
             cuda.syncthreads()
             for i in range(STAGE_K):
                 at = np.int32(i * THREADS) + thread

@@ -34,10 +34,11 @@ import math
 import numpy as np
 
 from .agreed import DECODING, ENCODING, shares
+from .arrays import SIZES
 from .device import WARP, load, store, sum_lanes, warp_barrier
 from .folds import any_lane, fma, fold, get, later, put, rsqrt, onward, shared_place, write_four
 from .lattice_slots import direction
-from .place import for_device, marks_before, own_rows, seat, span
+from .place import aligned, for_device, marks_before, own_rows, seat, span
 from .source import cuda
 
 # ‖s̃‖² is measured where the terms of its formula are so many times larger than it.
@@ -69,8 +70,9 @@ def build(
     OUTS = NORMS + (0 if read_norm else KP)
     BETAS = OUTS + (RING * W * VP if reads else 0)
     FADES = BETAS + RING * BP
-    SOME_K, SOME_V, SOME_B = -(-tile * KP // CARRIERS), -(-tile * VP // CARRIERS), -(-tile * BP // CARRIERS)
-    FULL_K, FULL_V, FULL_B = tile * KP % CARRIERS == 0, tile * VP % CARRIERS == 0, tile * BP % CARRIERS == 0
+    PK, PV, PB = (1 << (n - 1).bit_length() for n in (KP, VP, BP))
+    SOME_K, SOME_V, SOME_B = (-(-tile * n // CARRIERS) for n in (PK, PV, PB))
+    BYTES, BYTES_B = SIZES[kind], SIZES[beta]
     element = np.dtype(real)
     number = element.type
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
@@ -185,66 +187,79 @@ def build(
             some_v = cuda.local.array(SOME_V, bits)
             some_b = cuda.local.array(SOME_B, beta_bits)
             some_g = no_decay
+
+            # The first token and row of a carrier's numbers; from one to the next is as far for every carrier.
+            token_k, row = thread // np.int32(PK), thread % np.int32(PK)
+            token_v, column = thread // np.int32(PV), thread % np.int32(PV)
+            token_b, row_b = thread // np.int32(PB), thread % np.int32(PB)
+            from_k, from_q = k + BYTES * (k_at + token_k * k_t + row * k_d), q + BYTES * (q_at + token_k * q_t + row * q_d)
+            from_v = v + BYTES * (v_at + token_v * v_t + column * v_d)
+            from_b = beta + BYTES_B * (beta_at + token_b * beta_t + row_b * beta_d)
+            to_y = y_at + token_v * heads * V + column
+            to_k, to_v = on(held, token_k * np.int32(KP) + row), on(held, token_v * np.int32(VP) + column)
+            to_b, of_y = on(held, token_b * np.int32(BP) + row_b), on(held, token_v * np.int32(W * VP) + column)
+
             for t in range(-tile, length + 1):
                 u = np.int32(t) & np.int32(tile - 1)
                 if t >= 0:
                     cuda.syncthreads()
                 ahead = t + tile - u
                 if u == 0:
+                    left = np.int32(min(length - ahead, np.int64(tile)))
                     for i in range(SOME_K):
-                        at = np.int32(i * CARRIERS) + thread
-                        token, row = ahead + at // np.int32(KP), at % np.int32(KP)
-                        inside = token < length and row < K and (FULL_K or at < tile * KP)
-                        some_k[i] = read(k, k_at + token * k_t + row * k_d) if inside else no_bits
-                        some_q[i] = read(q, q_at + token * q_t + row * q_d) if READS and inside else no_bits
+                        token, beyond = i * CARRIERS // PK, i * CARRIERS % PK
+                        inside = token_k + token < left and row + beyond < K
+                        step_k, step_q = (ahead + token) * k_t + beyond * k_d, (ahead + token) * q_t + beyond * q_d
+                        some_k[i] = read(from_k + BYTES * step_k, 0) if inside else no_bits
+                        if READS:
+                            some_q[i] = read(from_q + BYTES * step_q, 0) if inside else no_bits
                     for i in range(SOME_V):
-                        at = np.int32(i * CARRIERS) + thread
-                        token, column = ahead + at // np.int32(VP), at % np.int32(VP)
-                        inside = token < length and column < V and (FULL_V or at < tile * VP)
-                        some_v[i] = read(v, v_at + token * v_t + column * v_d) if inside else no_bits
+                        token, beyond = i * CARRIERS // PV, i * CARRIERS % PV
+                        inside = token_v + token < left and column + beyond < V
+                        step = (ahead + token) * v_t + beyond * v_d
+                        some_v[i] = read(from_v + BYTES * step, 0) if inside else no_bits
                     for i in range(SOME_B):
-                        at = np.int32(i * CARRIERS) + thread
-                        token, row = ahead + at // np.int32(BP), at % np.int32(BP)
-                        inside = token < length and row < K and (FULL_B or at < tile * BP)
-                        some_b[i] = read_beta(beta, beta_at + token * beta_t + row * beta_d) if inside else no_beta
+                        token, beyond = i * CARRIERS // PB, i * CARRIERS % PB
+                        inside = token_b + token < left and row_b + beyond < K
+                        step = (ahead + token) * beta_t + beyond * beta_d
+                        some_b[i] = read_beta(from_b + BYTES_B * step, 0) if inside else no_beta
                     if GATED:
                         some_g = no_decay
-                        if thread < tile and ahead + thread < length:
+                        if thread < left:
                             some_g = read_decay(g, g_at + (ahead + thread) * g_t)
                 elif u == tile - 2:
                     to = np.int32(ahead) & np.int32(RING - 1)
                     for i in range(SOME_K):
-                        at = np.int32(i * CARRIERS) + thread
-                        if FULL_K or at < tile * KP:
-                            leave(held, to * np.int32(KP) + at, number(widen(some_k[i])))
+                        token, beyond = i * CARRIERS // PK, i * CARRIERS % PK
+                        if token_k + token < tile and row + beyond < KP:
+                            leave(to_k, to * np.int32(KP) + token * KP + beyond, number(widen(some_k[i])))
                             if READS:
-                                leave(held, QUERIES + to * np.int32(KP) + at, number(widen(some_q[i])))
+                                leave(to_k, QUERIES + to * np.int32(KP) + token * KP + beyond, number(widen(some_q[i])))
                     for i in range(SOME_V):
-                        at = np.int32(i * CARRIERS) + thread
-                        if FULL_V or at < tile * VP:
-                            leave(held, VALUES + to * np.int32(VP) + at, number(widen(some_v[i])))
+                        token, beyond = i * CARRIERS // PV, i * CARRIERS % PV
+                        if token_v + token < tile and column + beyond < VP:
+                            leave(to_v, VALUES + to * np.int32(VP) + token * VP + beyond, number(widen(some_v[i])))
                     for i in range(SOME_B):
-                        at = np.int32(i * CARRIERS) + thread
-                        if FULL_B or at < tile * BP:
-                            leave(held, BETAS + to * np.int32(BP) + at, number(widen_beta(some_b[i])))
+                        token, beyond = i * CARRIERS // PB, i * CARRIERS % PB
+                        if token_b + token < tile and row_b + beyond < BP:
+                            leave(to_b, BETAS + to * np.int32(BP) + token * BP + beyond, number(widen_beta(some_b[i])))
                     if GATED and thread < tile:
                         leave(held, FADES + to + thread, number(math.exp(number(widen_decay(some_g)))))
-                if t == -1:
-                    cuda.syncthreads()
-                if t == length:
+                if t == -1 or t == length:
                     cuda.syncthreads()
                 # Reads that every warp has left its part of: the tile before, and what is left at the end.
-                if READS and (u == 1 or t == length):
-                    early, late = t - u - (tile if u < 2 else 0), length if t == length else t - u
-                    for i in range(2 * SOME_V if t == length else SOME_V):
-                        at = np.int32(i * CARRIERS) + thread
-                        token, column = early + at // np.int32(VP), at % np.int32(VP)
-                        if token >= 0 and token < late and column < V:
-                            at = OUTS + (np.int32(token) & np.int32(RING - 1)) * np.int32(W * VP) + column
-                            total = zero
-                            for x in range(W):
-                                total += take(held, at + x * VP)[0]
-                            write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
+                if READS and t > 0 and (u == 1 or t == length):
+                    for early in range(t - u - (tile if u < 2 else 0), t - u + (1 if t == length else 0), tile):
+                        at = OUTS + (np.int32(early) & np.int32(RING - 1)) * np.int32(W * VP)
+                        left = np.int32(min(length - early, np.int64(tile))) if early >= 0 else np.int32(0)
+                        for i in range(SOME_V):
+                            token, beyond = i * CARRIERS // PV, i * CARRIERS % PV
+                            if token_v + token < left and column + beyond < V:
+                                total = zero
+                                for x in range(W):
+                                    total += take(of_y, at + token * W * VP + beyond + x * VP)[0]
+                                step = (early + token) * heads * V + beyond
+                                write(y, to_y + step, gain * total if real_slot else zero)
             return
 
         warp, lane, m, band, row0, column0, mine = seated(thread)
@@ -368,9 +383,13 @@ def build(
                 if t == length:
                     break
                 if until_keep == 0:
-                    for e in range(CELLS // 4):
-                        at = ((keep * (CELLS // 4) + e) * THREADS + thread) * 4
-                        write_kept(kept, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
+                    for i in range(R):
+                        for j in range(0, C, 4):
+                            row, column = row0 + i, j * L + column0
+                            if row < K and column < V:
+                                e = i * C + j
+                                at = (keep * K + row) * aligned(V) + column
+                                write_kept(kept, at, s[e], s[e + 1], s[e + 2], s[e + 3])
                     keep += heads
                     until_keep = spacing
                 until_keep -= 1

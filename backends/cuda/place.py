@@ -1,6 +1,7 @@
 """Where a block works, which its threads ask once: the tokens of its sequence, and the part of a state that a lane has.
 
     batch, start, length = span(offsets, n, tokens)         rows of a batch, or pieces of one row that is packed
+    width = aligned(V)                                      columns of a row that is read and written in fours
     row = marks_before(offsets, n, tokens, every)           checkpoints of the sequences before
     warp, lane, m, band, row0, column0, mine = seat(thread) how ``lattice_forward`` lays a state over a block
 
@@ -34,6 +35,12 @@ def span(offsets, n, tokens):
         return n, np.int64(0), tokens
     start = np.int64(_read(offsets, n))
     return np.int64(0), start, np.int64(_read(offsets, n + 1)) - start
+
+
+@for_device
+def aligned(width):
+    """The next multiple of four."""
+    return (width + 3) // 4 * 4
 
 
 @for_device
