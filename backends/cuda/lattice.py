@@ -6,6 +6,7 @@ A configuration lays one head's slots over a block: ``warps`` share the slots ou
 ``columns`` values, ``lanes`` of them lie along the values; ``tile`` tokens at a time come through shared memory.
 """
 
+import math
 from typing import Any
 
 from mixers.backend import Config, Pool, Support
@@ -26,6 +27,9 @@ BACKWARD = Program("lattice_backward")
 MOST_CELLS = {2: 64, 4: 64, 8: 64, 16: 32} if WARP == 32 else {1: 1 << 20}
 LANES = (8, 4, 16, 2) if WARP == 32 else (2,)
 
+# Warps that bring tokens and take reads away, beside those that hold slots.
+MOST_CARRIERS = 4 if WARP == 32 else 1
+
 # Cells that a thread of the backward holds, which has every slot twice: the first that there is a layout for, of so few
 # warps that a thread may have all the registers that there are for one.
 FEW_CELLS, FEW_WARPS = (16, 32, 64), 8
@@ -39,7 +43,7 @@ MOST_SHARED = 224 * 1024
 
 
 def layouts(problem: Problem) -> list[dict[str, int]]:
-    """Every configuration that holds a head in a block's registers, the likeliest first."""
+    """Every way to hold a head in a block's registers."""
     _, _, key_dim, value_dim = problem.widths
     double = problem.compute_dtype == "float64"
     found = []
@@ -48,16 +52,17 @@ def layouts(problem: Problem) -> list[dict[str, int]]:
             rows = -(-key_dim // (WARP // lanes * warps))
             columns = aligned(4 * -(-value_dim // (4 * lanes)), lanes)
             if rows * columns <= most // (2 if double else 1):
-                config = {
-                    "rows": rows,
-                    "columns": columns,
-                    "lanes": lanes,
-                    "warps": warps,
-                    "carriers": max(1, warps // 2),
-                    "tile": 4,
-                }
-                if shared(problem, config) <= MOST_SHARED:
-                    found.append(config)
+                found.append({"rows": rows, "columns": columns, "lanes": lanes, "warps": warps})
+    return found
+
+
+def configs(problem: Problem) -> list[dict[str, int]]:
+    """Every configuration of the forward, the likeliest first."""
+    found = []
+    for layout in layouts(problem):
+        config = layout | {"carriers": MOST_CARRIERS if layout["warps"] > 2 else 1, "tile": 4}
+        if shared(problem, config) <= MOST_SHARED:
+            found.append(config)
     return sorted(found, key=lambda config: _cost(problem, config))
 
 
@@ -74,11 +79,15 @@ def crowded(problem: Problem) -> bool:
 
 
 def _cost(problem: Problem, config: Config) -> float:
-    """Roughly the cycles of a token: work on the slots, exchanges between lanes, sums over warps."""
+    """Roughly the instructions of a token, of every warp, or of those that one scheduler has: a head has them in turns.
+
+    Six a number of a slot; sums over warps, and over lanes, which fold; what a lane works out for its own slots.
+    """
     rows, columns, lanes, warps = (config[name] for name in ("rows", "columns", "lanes", "warps"))
-    along, across = lanes.bit_length() - 1, (WARP // lanes).bit_length() - 1
-    work = 7 * rows * columns + 25 * rows + 2 * (2 * rows + 1) * along + 10 * columns + 2 * columns * warps
-    return work * warps if crowded(problem) else work * max(1, warps / 4) + 30 * (along + across)
+    slots = WARP // lanes
+    folds = 8 * columns * (1 - 1 / slots) + 8 * rows * (1 - 1 / min(rows, lanes)) + 4 * math.log2(max(1, lanes / rows))
+    work = 6 * rows * columns + 1.25 * columns * warps + folds + rows + 70
+    return work * warps if crowded(problem) else work * max(1, warps / 4)
 
 
 def shared(problem: Problem, config: Config) -> int:
@@ -99,7 +108,7 @@ class LatticeRecurrent(CudaKernel):
         """The exact recurrence, of slots that fit in the registers of a block."""
         if problem.option["chunk_size"] != 1:
             return Support.no(f"runs chunk_size=1, and chunk_size is {problem.option['chunk_size']}")
-        if not layouts(problem):
+        if not configs(problem):
             _, _, key_dim, value_dim = problem.widths
             most = 64 if problem.compute_dtype == "float64" else 128
             return Support.no(
@@ -114,7 +123,7 @@ class LatticeRecurrent(CudaKernel):
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """The likeliest first."""
-        return tuple(layouts(problem))
+        return tuple(configs(problem))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""
@@ -232,7 +241,7 @@ def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     kept = empty(((tokens // segment + s.N) * s.H * s.K * (-(-s.V // 4) * 4),), real, q)
     measured = empty((tokens * s.H * (2 * s.K + s.V),), real, q)
     scratch = empty((0 if near else heads * segment * cells,), real, q)
-    run_forward(problem, layouts(problem)[0], x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
+    run_forward(problem, configs(problem)[0], x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
 
     # Heads that share a key leave their parts of its gradient, to be added up.
     rows = {name: dx[name] if s.G == s.H else empty((1, tokens, s.H, s.K), real, q) for name in ("q", "k")}

@@ -195,6 +195,7 @@ def build(
             from_k, from_q = k + BYTES * (k_at + token_k * k_t + row * k_d), q + BYTES * (q_at + token_k * q_t + row * q_d)
             from_v = v + BYTES * (v_at + token_v * v_t + column * v_d)
             from_b = beta + BYTES_B * (beta_at + token_b * beta_t + row_b * beta_d)
+            step_k, step_q, step_v, step_b = BYTES * k_t, BYTES * q_t, BYTES * v_t, BYTES_B * beta_t
             to_y = y_at + token_v * heads * V + column
             to_k, to_v = on(held, token_k * np.int32(KP) + row), on(held, token_v * np.int32(VP) + column)
             to_b, of_y = on(held, token_b * np.int32(BP) + row_b), on(held, token_v * np.int32(W * VP) + column)
@@ -206,23 +207,22 @@ def build(
                 ahead = t + tile - u
                 if u == 0:
                     left = np.int32(min(length - ahead, np.int64(tile)))
+                    now_k, now_q = from_k + ahead * step_k, from_q + ahead * step_q
+                    now_v, now_b = from_v + ahead * step_v, from_b + ahead * step_b
                     for i in range(SOME_K):
                         token, beyond = i * CARRIERS // PK, i * CARRIERS % PK
                         inside = token_k + token < left and row + beyond < K
-                        step_k, step_q = (ahead + token) * k_t + beyond * k_d, (ahead + token) * q_t + beyond * q_d
-                        some_k[i] = read(from_k + BYTES * step_k, 0) if inside else no_bits
+                        some_k[i] = read(now_k + token * step_k, beyond * k_d) if inside else no_bits
                         if READS:
-                            some_q[i] = read(from_q + BYTES * step_q, 0) if inside else no_bits
+                            some_q[i] = read(now_q + token * step_q, beyond * q_d) if inside else no_bits
                     for i in range(SOME_V):
                         token, beyond = i * CARRIERS // PV, i * CARRIERS % PV
                         inside = token_v + token < left and column + beyond < V
-                        step = (ahead + token) * v_t + beyond * v_d
-                        some_v[i] = read(from_v + BYTES * step, 0) if inside else no_bits
+                        some_v[i] = read(now_v + token * step_v, beyond * v_d) if inside else no_bits
                     for i in range(SOME_B):
                         token, beyond = i * CARRIERS // PB, i * CARRIERS % PB
                         inside = token_b + token < left and row_b + beyond < K
-                        step = (ahead + token) * beta_t + beyond * beta_d
-                        some_b[i] = read_beta(from_b + BYTES_B * step, 0) if inside else no_beta
+                        some_b[i] = read_beta(now_b + token * step_b, beyond * beta_d) if inside else no_beta
                     if GATED:
                         some_g = no_decay
                         if thread < left:
