@@ -55,7 +55,9 @@ def build(
     number = element.type
     zero, one = number(0), number(1)
     along, down, along_all = sum_lanes(BITS, ALL_BITS), sum_lanes(0, ALL_BITS), fold(R, BITS, ALL_BITS)
-    across, on = fold(C, 0, BITS), onward(real)
+    across, over_slots, on = fold(C, 0, BITS), sum_lanes(0, BITS), onward(real)
+    # Lanes that have the same columns share out what warps have left of them, where that comes out even.
+    SHARE = W // M if W % M == 0 else W
     take_rows, take, take_four, leave, leave_four = get(real, ROW), get(real, 1), get(real, 4), put(real), put_four(real)
     read, widen, bits = later(kind, real)
     read_beta, widen_beta, beta_bits = later(beta, real)
@@ -80,6 +82,7 @@ def build(
         own, leads = owned(lane)
         at_rows, at_own, at_columns = on(held, row0), on(held, row0 + own), on(held, column0)
         at_part = on(held, warp * np.int32(VP) + mine)
+        at_parts = on(held, column0 + (m * np.int32(SHARE * VP) if SHARE < W else np.int32(0)))
 
         item = np.int64(cuda.blockIdx.x)
         n = np.int64(np.int32(item) // np.int32(heads))
@@ -372,15 +375,19 @@ def build(
 
                 for j in range(C):
                     sums[j] = zero
-                for x in range(WIDE * W):
-                    four = take_four(at_columns, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                for x in range(WIDE * SHARE):
+                    four = take_four(at_parts, at + x // WIDE * VP + 4 * L * (x % WIDE))
                     for i in range(4):
                         sums[4 * (x % WIDE) + i] += four[i]
-                if warp == 0 and m == 0:
-                    for j in range(C):
-                        column = j // 4 * 4 * L + column0 + j % 4
-                        if column < V:
-                            write_v(dv, ((row_at + token) * heads + head) * V + column, sums[j])
+                for j in range(C if SHARE < W else 0):
+                    sums[j] = over_slots(sums[j])
+                for x in range(-(-VP // THREADS)):
+                    column = np.int32(x * THREADS) + thread
+                    if column < V:
+                        total = zero
+                        for i in range(W):
+                            total += take(held, at + column + i * VP)[0]
+                        write_v(dv, ((row_at + token) * heads + head) * V + column, total)
                 if warp == W - 1 and (GATED or not PER_SLOT):
                     of_mu, of_beta = zero, zero
                     for x in range(-(-KP // WARP)):
