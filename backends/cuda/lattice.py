@@ -3,7 +3,8 @@
     q, k [B,T,G,K]   v, y [B,T,H,V]   beta [B,T,H] or [B,T,H,K]   log_decay [B,T,H]   S [N,H,K,V]
 
 A configuration lays one head's slots over a block: ``warps`` share the slots out, a lane holds ``rows`` slots by
-``columns`` values, ``lanes`` of them lie along the values; ``tile`` tokens at a time come through shared memory.
+``columns`` values, ``lanes`` of them lie along the values; ``carriers`` are more warps, which bring ``tile`` tokens at
+a time to shared memory.
 """
 
 import math
@@ -221,27 +222,26 @@ def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
     found = layouts(problem)
     some = [(c["rows"] * c["columns"] * (2 if double else 1), c) for c in found if c["warps"] <= FEW_WARPS]
     fits = [[c for cells, c in some if cells <= most] for most in FEW_CELLS]
-    config = next((min(few, key=lambda c: abs(c["lanes"] - 8)) for few in fits if few), found[0])
-    shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
+    shape = next((min(few, key=lambda c: abs(c["lanes"] - 8)) for few in fits if few), found[0])
     per_slot = problem.layout("beta") == "B T H K"
     size = 8 if double else 4
     for segment, near in SEGMENTS:
         if backward_numbers(**shape, segment=segment, per_slot=per_slot, near=near) * size <= MOST_SHARED:
             break
-    return config, segment, near
+    return shape, segment, near
 
 
 def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     """Queue the backward."""
     s, real, q = problem.sizes, problem.compute_dtype, x["q"]
-    config, segment, near = backward_layout(problem)
-    shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
-    threads, heads, tokens = config["warps"] * WARP, s.N * s.H, s.B * s.T
-    cells = threads * config["rows"] * config["columns"]
+    shape, segment, near = backward_layout(problem)
+    threads, heads, tokens = shape["warps"] * WARP, s.N * s.H, s.B * s.T
+    cells = threads * shape["rows"] * shape["columns"]
     kept = empty(((tokens // segment + s.N) * s.H * s.K * (-(-s.V // 4) * 4),), real, q)
     measured = empty((tokens * s.H * (2 * s.K + s.V),), real, q)
     scratch = empty((0 if near else heads * segment * cells,), real, q)
-    run_forward(problem, configs(problem)[0], x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
+    config = configs(problem)[0]
+    run_forward(problem, config, x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
 
     # Heads that share a key leave their parts of its gradient, to be added up.
     rows = {name: dx[name] if s.G == s.H else empty((1, tokens, s.H, s.K), real, q) for name in ("q", "k")}

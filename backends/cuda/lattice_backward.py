@@ -12,7 +12,8 @@ barrier a token. Where a decay leaves little of a slot, n is small and x may be 
 again from the kept ones, which asks for no sum at all, and wait in shared memory, or in scratch where they do not fit,
 every thread's own.
 
-    kept: slots, a multiple of four columns     scratch: slots as threads hold them     measured [B·T, H, 2K + V]: a, 1/n, h     layout of ``lattice_forward``
+    kept [N·segments, H, K, V']: slots, V' a multiple of four     measured [B·T, H, 2K + V]: a, 1/n, h
+    scratch: slots as threads hold them                           layout of ``lattice_forward``, own slots too
 """
 
 import math
@@ -58,7 +59,8 @@ def build(
     across, over_slots, on = fold(C, 0, BITS), sum_lanes(0, BITS), onward(real)
     # Lanes that have the same columns share out what warps have left of them, where that comes out even.
     SHARE = W // M if W % M == 0 else W
-    take_rows, take, take_four, leave, leave_four = get(real, ROW), get(real, 1), get(real, 4), put(real), put_four(real)
+    take_rows, take, take_four = get(real, ROW), get(real, 1), get(real, 4)
+    leave, leave_four = put(real), put_four(real)
     read, widen, bits = later(kind, real)
     read_beta, widen_beta, beta_bits = later(beta, real)
     read_dy, widen_dy, dy_bits = later(dy, real)
@@ -78,7 +80,7 @@ def build(
     ):  # fmt: skip
         held = shared_place(cuda.shared.array(0, element))
         thread = np.int32(cuda.threadIdx.x)
-        warp, lane, m, band, row0, column0, mine = seated(thread)
+        warp, lane, m, _, row0, column0, mine = seated(thread)
         own, leads = owned(lane)
         at_rows, at_own, at_columns = on(held, row0), on(held, row0 + own), on(held, column0)
         at_part = on(held, warp * np.int32(VP) + mine)

@@ -9,7 +9,9 @@ what a compiler may or may not contract.
 
 A block has one head. A warp has ``rows · M`` slots: a lane holds ``rows`` slots by ``columns`` values of them in
 registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over
-lanes, without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
+lanes, without a barrier: they are folded, so that a lane is left with those of one slot or few, its own, works out
+their ρ and α alone and leaves these in shared memory for its warp. What is summed over slots (the read, the prediction
+Sᵀk) meets in shared memory.
 
 The chain from token to token is a, then n, then the next token's prediction, taken from the slots as they were,
 
@@ -21,8 +23,8 @@ itself, and always so where a decay may leave little of a slot; then coefficient
 max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values that only fill a tile up are unit vectors
 that no key reaches.
 
-Tokens come through shared memory a tile at a time, loaded while the tile before is worked on. There is one barrier a
-token.
+Other warps, the carriers, bring tokens to shared memory a tile at a time, while the tile before is worked on, and add
+up and write what has been read: nothing of that stands between two tokens. There is one barrier a token.
 
     slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 band + j % 4
 
@@ -36,7 +38,7 @@ import numpy as np
 from .agreed import DECODING, ENCODING, shares
 from .arrays import SIZES
 from .device import WARP, load, store, sum_lanes, warp_barrier
-from .folds import any_lane, fma, fold, get, later, put, rsqrt, onward, shared_place, write_four
+from .folds import any_lane, fma, fold, get, later, onward, put, rsqrt, shared_place, write_four
 from .lattice_slots import direction
 from .place import aligned, for_device, marks_before, own_rows, seat, span
 from .source import cuda
@@ -52,8 +54,8 @@ def build(
     """The kernel.
 
     ``beta``, ``decay``, ``first``, ``source``, ``target``, ``marks``, ``slots``, ``out_slots`` and ``fresh`` are dtypes
-    of arrays. ``reads``: fill ``y``. ``marked``: there are checkpoints. ``keeps``: leave for a backward the slots before
-    every ``spacing``-th token, and a, 1/n and h of every token.
+    of arrays. ``reads``: fill ``y``. ``marked``: there are checkpoints. ``keeps``: leave for a backward the slots
+    before every ``spacing``-th token, and a, 1/n and h of every token.
     """
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
@@ -192,7 +194,8 @@ def build(
             token_k, row = thread // np.int32(PK), thread % np.int32(PK)
             token_v, column = thread // np.int32(PV), thread % np.int32(PV)
             token_b, row_b = thread // np.int32(PB), thread % np.int32(PB)
-            from_k, from_q = k + BYTES * (k_at + token_k * k_t + row * k_d), q + BYTES * (q_at + token_k * q_t + row * q_d)
+            from_k = k + BYTES * (k_at + token_k * k_t + row * k_d)
+            from_q = q + BYTES * (q_at + token_k * q_t + row * q_d)
             from_v = v + BYTES * (v_at + token_v * v_t + column * v_d)
             from_b = beta + BYTES_B * (beta_at + token_b * beta_t + row_b * beta_d)
             step_k, step_q, step_v, step_b = BYTES * k_t, BYTES * q_t, BYTES * v_t, BYTES_B * beta_t
@@ -262,9 +265,7 @@ def build(
                                 write(y, to_y + step, gain * total if real_slot else zero)
             return
 
-        warp, lane, m, band, row0, column0, mine = seated(thread)
-        own, leads = owned(lane)
-        warp, lane, m, band, row0, column0, mine = seated(thread)
+        warp, lane, m, _, row0, column0, mine = seated(thread)
         own, leads = owned(lane)
         own += row0
         # Where a lane's slots, its own ones, its columns and its part of a sum lie in an array of them.
