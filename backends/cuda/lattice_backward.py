@@ -36,7 +36,8 @@ def build(
     R, C, L, W, M, S = rows, columns, lanes, warps, WARP // lanes, segment
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
-    OWN, seated, OWN_ROWS, owned = shares(C, 0, BITS)[0], seat(rows, columns, lanes), *own_rows(rows, lanes)
+    OWN, seated = shares(C, 0, BITS)[0], seat(rows, columns, lanes)
+    OWN_ROWS, owned = own_rows(rows, lanes)
     QUADS, WIDE, ROW = R // 4, C // 4, math.gcd(R, 4)
     DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
     READ_NORM = read_norm

@@ -60,7 +60,8 @@ def build(
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
     KP, VP, THREADS, CARRIERS, CELLS = R * M * W, C * L, W * WARP, carriers * WARP, R * C
-    OWN, seated, OWN_ROWS, owned = shares(C, 0, BITS)[0], seat(rows, columns, lanes), *own_rows(rows, lanes)
+    OWN, seated = shares(C, 0, BITS)[0], seat(rows, columns, lanes)
+    OWN_ROWS, owned = own_rows(rows, lanes)
     WIDE, ROW = C // 4, math.gcd(R, 4)
     DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
     READS, KEEPS, MARKS, READ_NORM = reads, keeps, marked, read_norm
@@ -203,11 +204,11 @@ def build(
             to_k, to_v = on(held, token_k * np.int32(KP) + row), on(held, token_v * np.int32(VP) + column)
             to_b, of_y = on(held, token_b * np.int32(BP) + row_b), on(held, token_v * np.int32(W * VP) + column)
 
-            for t in range(-tile, length + 1):
-                u = np.int32(t) & np.int32(tile - 1)
-                if t >= 0:
+            for tick in range(-tile, length + 1):
+                u = np.int32(tick) & np.int32(tile - 1)
+                if tick >= 0:
                     cuda.syncthreads()
-                ahead = t + tile - u
+                ahead = tick + tile - u
                 if u == 0:
                     left = np.int32(min(length - ahead, np.int64(tile)))
                     now_k, now_q = from_k + ahead * step_k, from_q + ahead * step_q
@@ -248,11 +249,13 @@ def build(
                             leave(to_b, BETAS + to * np.int32(BP) + token * BP + beyond, number(widen_beta(some_b[i])))
                     if GATED and thread < tile:
                         leave(held, FADES + to + thread, number(math.exp(number(widen_decay(some_g)))))
-                if t == -1 or t == length:
+                if tick == -1 or tick == length:
                     cuda.syncthreads()
                 # Reads that every warp has left its part of: the tile before, and what is left at the end.
-                if READS and t > 0 and (u == 1 or t == length):
-                    for early in range(t - u - (tile if u < 2 else 0), t - u + (1 if t == length else 0), tile):
+                if READS and tick > 0 and (u == 1 or tick == length):
+                    for early in range(
+                        tick - u - (tile if u < 2 else 0), tick - u + (1 if tick == length else 0), tile
+                    ):
                         at = OUTS + (np.int32(early) & np.int32(RING - 1)) * np.int32(W * VP)
                         left = np.int32(min(length - early, np.int64(tile))) if early >= 0 else np.int32(0)
                         for i in range(SOME_V):
