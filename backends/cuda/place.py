@@ -3,9 +3,10 @@
     batch, start, length = span(offsets, n, tokens)         rows of a batch, or pieces of one row that is packed
     width = aligned(V)                                      columns of a row that is read and written in fours
     row = marks_before(offsets, n, tokens, every)           checkpoints of the sequences before
-    warp, lane, m, band, row0, column0, mine = seat(thread) how ``lattice_forward`` lays a state over a block
+    warp, lane, m, band, row0, column0, mine = seat(…)(thread)    how ``lattice_forward`` lays a state over a block
+    own, leads = own_rows(…)[1](lane)                       the rows that a lane keeps of a sum over values
 
-Functions of the device: only numbers go in and out, and the compiler puts them where they are called.
+Functions of the device, which the compiler puts where they are called; ``for_device`` makes one.
 """
 
 import functools
