@@ -6,7 +6,7 @@ piece's first running slots S (Φ itself at a chunk's start), with b, W counted 
     W_tj = [j≤t] e^{g_{j+1} + … + g_t}     b_t = e^{g_1 + … + g_t}
     Hm = V − KΦ (decoding) or V            A = Hm Φᵀ            E = beta ∘ (K − A) (encoding) or beta ∘ K
     S̃_t,i = b_t s_i − α_ti φ_i + Σ_j W_tj E_ji h_j              α = W(A∘E)
-    ρ² = b² + N − α²   where S = Φ         N = W²(2E∘X + diag(G)∘E∘E)    X = (strictlower(W)∘G) E    G = Hm Hmᵀ
+    ρ² = b² + N − α²   where S = Φ         N = W²(E∘(M E))    M = 2 strictlower(W)∘G + diag(G)    G = Hm Hmᵀ
     ρ² = b²‖s‖² + 2b(W(E∘P) − α⟨φ,s⟩) + N + α²(‖φ‖² − 2)     P = Hm Sᵀ     elsewhere
     Y = scale · ((b∘Q')S − (α∘Q')Φ + (W∘(Q'Eᵀ))Hm)           Q' = Q/ρ, or Q without ``read_norm``
 
@@ -33,7 +33,7 @@ from mixers.backend import Config
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from .blocks import dot, span
+from .blocks import dot, span, upper_bits
 from .kernel import block, dense, first_marks, place, precision
 from .lattice_slots import (
     DECODING,
@@ -85,13 +85,20 @@ def piece_end(t, phase, every, length, CHUNK: tl.constexpr, LONGEST: tl.constexp
 
 
 @triton.jit
-def written(key, value, phi, beta, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr):
-    """Hm and Eᵀ of a piece, taken at Φ; never by transposing a product."""
-    h = (value.to(tl.float32) - dot(key, phi, PRECISION)).to(key.dtype) if OBJECTIVE == DECODING else value
+def errors(key, value, phi, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr):
+    """Hm of a piece."""
+    if OBJECTIVE == DECODING:
+        return (value.to(tl.float32) - dot(key, phi, PRECISION)).to(key.dtype)
+    return value
+
+
+@triton.jit
+def writes(key, value, phi, beta, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr):
+    """Eᵀ of a piece, or of some of its slots; never by transposing a product."""
     et = tl.trans(key).to(tl.float32)
     if OBJECTIVE == ENCODING:
         et -= dot(phi, tl.trans(value), PRECISION)
-    return h, et * tl.trans(beta)
+    return et * tl.trans(beta)
 
 
 @triton.jit
@@ -150,7 +157,8 @@ def turn(
     at = tl.arange(0, BT)
     i = tl.arange(0, BK)
     j = tl.arange(0, BV)
-    hm, et = written(key, value, phi.to(key.dtype), strength, OBJECTIVE, PRECISION)
+    hm = errors(key, value, phi.to(key.dtype), OBJECTIVE, PRECISION)
+    et = writes(key, value, phi.to(key.dtype), strength, OBJECTIVE, PRECISION)
     if GATED:
         w, b = to_end(g, at, g_t, size, GATED)
         et *= w[None, :]
@@ -163,12 +171,12 @@ def turn(
     u = dot(et.to(key.dtype), hm, PRECISION)
     a = tl.sum(phi * u, 1)
     s += u - a[:, None] * phi
-    rho = norms(s, GATED)
+    rho = norms(s, GATED, PRECISION)
     if KEEP:
         tl.store(ends + i, rho, mask=i < K)
         tl.store(ends + K + i, a, mask=i < K)
         tl.store(ends + 2 * K + i, tl.max(tl.abs(u), 1), mask=i < K)
-    unit = s * inverse(rho)[:, None]
+    unit = s * inverse(rho, PRECISION)[:, None]
     adopted = s
     if GATED and tl.min(tl.where(i < K, rho, 1.0)) == 0:  # only a reset leaves nothing of a row
         toward = slab(first_slots, i, j, K, V)
@@ -296,21 +304,51 @@ def decays(g, rows, stride, size, BT: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
-def read_norms(e, gram, w, rows, PRECISION: tl.constexpr):
-    """N of a piece, and the diagonal of G and X that the backward also uses."""
-    own = tl.sum(tl.where(rows[:, None] == rows[None, :], gram, 0.0), 1)[:, None]
-    x = dot(tl.where(rows[:, None] > rows[None, :], w * gram, 0.0), e, PRECISION)
-    return dot(w * w, e * (2 * x + own * e), PRECISION), own, x
+def halves(x):
+    """Two bfloat16 numbers whose sum is x, to 16 bits."""
+    high = upper_bits(x, tl.bfloat16)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def over(w, x, HALVES: tl.constexpr, PRECISION: tl.constexpr):
+    """``W x`` for W, W² or their transposes; with HALVES nothing decays, and W is of zeros and ones."""
+    if HALVES:
+        ones = w.to(tl.bfloat16)
+        high, low = halves(x)
+        return dot(ones, high, PRECISION) + dot(ones, low, PRECISION)
+    return dot(w, x, PRECISION)
+
+
+@triton.jit
+def among(m, x, HALVES: tl.constexpr, PRECISION: tl.constexpr):
+    """``M x`` of a matrix between tokens; HALVES keeps 16 bits of M, and of x where it has them."""
+    if HALVES:
+        high, low = halves(m)
+        if x.dtype == tl.bfloat16:
+            found = dot(high, x, PRECISION) + dot(low, x, PRECISION)
+        else:
+            first, rest = halves(x)
+            found = dot(high, first, PRECISION) + (dot(low, first, PRECISION) + dot(high, rest, PRECISION))
+    else:
+        found = dot(m, x, PRECISION)
+    return found
+
+
+@triton.jit
+def pairs(gram, w, rows):
+    """M of a piece: ``N = W²(E∘(M E))``."""
+    return tl.where(rows[:, None] > rows[None, :], 2 * w * gram, tl.where(rows[:, None] == rows[None, :], gram, 0.0))
 
 
 @triton.jit
 def afresh(
-    key, value, beta, w, g, stride, size, first_slots, dtype: tl.constexpr,
+    key, value, beta, w, g, stride, size, i, first_slots, dtype: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First directions τ of slots, and f of every token: S̃ holds f∘τ since a slot was emptied."""
+    """First directions τ of the slots i, and f of every token: S̃ holds f∘τ since a slot was emptied."""
     at = tl.arange(0, key.shape[0])
-    toward = slab(first_slots, tl.arange(0, key.shape[1]), tl.arange(0, BV), K, V).to(dtype)
+    toward = slab(first_slots, i, tl.arange(0, BV), K, V).to(dtype)
     void = emptied(key, value, beta, g, stride, size, OBJECTIVE).to(tl.float32)
     return toward, dot(tl.where(at[:, None] > at[None, :], w, 0.0), void, PRECISION)
 
@@ -325,15 +363,94 @@ def afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION: tl.constexpr):
     return fresh * (fresh * squares(wide)[None, :] + 2 * (crossed - along * met)), p, crossed, met
 
 
+@triton.jit
+def read_piece(
+    q, q_t, k, k_t, v, v_t, beta, beta_t, g, g_t, first_slots, slots, running, begun, y, size, heads, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr,
+    OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
+    PRECISION: tl.constexpr, HALVES: tl.constexpr, RESUMED: tl.constexpr,
+):  # fmt: skip
+    """``read`` where pointers stand at the piece's first token, its slots and S; RESUMED where S is not Φ."""
+    at = tl.arange(0, BT)
+    j = tl.arange(0, BV)
+    every = tl.arange(0, BK)
+    operand = k.dtype.element_ty
+    value = tile(v, at, j, v_t, size, V)
+    keys = tile(k, at, every, k_t, size, K)
+    states = slab(slots, every, j, K, V).to(operand)
+    hm = errors(keys, value, states, OBJECTIVE, PRECISION)
+    w, b = decays(g, at, g_t, size, BT, GATED)
+    if READ_NORM:
+        w2 = w if HALVES else w * w
+        m = pairs(dot(hm, transposed(keys, value, states, OBJECTIVE, PRECISION), PRECISION), w, at)
+    weights = tl.zeros((BT, BT), tl.float32)
+    out = tl.zeros((BT, BV), tl.float32)
+    for slot in range(0, BK, SLOTS):
+        i = slot + tl.arange(0, SLOTS)
+        key = tile(k, at, i, k_t, size, K)
+        strength = strengths(beta, at, i, beta_t, size, K, PER_SLOT)
+        phi = slab(slots, i, j, K, V).to(operand)
+        weight = tile(q, at, i, q_t, size, K).to(tl.float32) * scale
+        et = writes(key, value, phi, strength, OBJECTIVE, PRECISION).to(operand)
+        a = dot(hm, tl.trans(phi), PRECISION)
+        e = strength * key.to(tl.float32)
+        if OBJECTIVE == ENCODING:
+            # ρ must see the very E that is read: of a Z that nearly cancels, two roundings have little in common.
+            e = tl.trans(et) if PRECISION == "ieee" else strength * (key.to(tl.float32) - a)
+        rounded = e
+        if HALVES:  # here too
+            rounded = e.to(operand)
+            e = rounded.to(tl.float32)
+        along = over(w, a * e, HALVES, PRECISION)
+        if RESUMED:
+            s = slab(running, i, j, K, V).to(operand)
+        if GATED and begun:
+            toward, fresh = afresh(
+                key, value, strength, w, g, g_t, size, i, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION
+            )
+        if READ_NORM:
+            square = over(w2, e * among(m, rounded, HALVES, PRECISION), HALVES, PRECISION)
+            if RESUMED:
+                p = dot(hm, tl.trans(s), PRECISION)
+                wide = phi.to(tl.float32)
+                unit = squares(wide)[None, :]
+                left = b[:, None] * tl.sum(wide * s.to(tl.float32), 1)[None, :]
+                least = left + along * (1 - unit)
+                crossed = dot(w, e * p, PRECISION)
+                square += (b * b)[:, None] * squares(s.to(tl.float32))[None, :] + along * along * (unit - 2)
+                square += 2 * (b[:, None] * crossed - along * left)
+                square = tl.maximum(square, least * least * inverse(unit, PRECISION))
+            else:
+                square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
+            if GATED and begun:
+                more, _, _, met = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
+                square = tl.maximum(square + more, fresh * fresh * met * met)
+            empty = (square <= 0) & (i < K)[None, :]
+            unread = tl.where(empty, weight, 0.0)
+            weight *= inverse(tl.sqrt(square), PRECISION)
+        weights += dot(weight.to(operand), et, PRECISION)
+        if RESUMED:
+            out += dot((b[:, None] * weight).to(operand), s, PRECISION)
+            out -= dot((along * weight).to(operand), phi, PRECISION)
+        else:
+            out += dot(((b[:, None] - along) * weight).to(operand), phi, PRECISION)
+        if GATED and begun:
+            out += dot((fresh * weight).to(operand), toward, PRECISION)
+        if GATED and READ_NORM and tl.max(empty.to(tl.int32)) > 0:
+            out += dot(unread.to(operand), slab(first_slots, i, j, K, V).to(operand), PRECISION)
+    out += dot((w * weights).to(operand), hm, PRECISION)
+    put(y, out.to(y.dtype.element_ty), at, j, heads * V, size, V)
+
+
 @triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
 def read(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     first_slots, pieces, slots, running, again, y, tokens, heads, group, scale,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr,
     OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """The reads of one piece and head."""
+    """The reads of one piece and head; what slots do not share is worked SLOTS at a time."""
     row = (tl.program_id(0) // heads).to(tl.int64)
     h = tl.program_id(0) % heads
     size = tl.load(pieces + row * 4 + 2).to(tl.int32)
@@ -341,72 +458,28 @@ def read(
         return
     n = tl.load(pieces + row * 4)
     first = tl.load(pieces + row * 4 + 1)
-    resumed = tl.load(pieces + row * 4 + 3) != 0
     batch = tl.zeros_like(n) if PACKED else n
-    at = tl.arange(0, BT)
-    i = tl.arange(0, BK)
-    j = tl.arange(0, BV)
-    operand = k.dtype.element_ty
-    query = tile(q + batch * q_b + first * q_t + (h // group) * q_h, at, i, q_t, size, K)
-    key = tile(k + batch * k_b + first * k_t + (h // group) * k_h, at, i, k_t, size, K)
-    value = tile(v + batch * v_b + first * v_t + h * v_h, at, j, v_t, size, V)
-    beta = strengths(beta + batch * beta_b + first * beta_t + h * beta_h, at, i, beta_t, size, K, PER_SLOT)
-    phi = slab(slots + (row * heads + h) * K * V, i, j, K, V).to(operand)
-    from_s = running + ((row if CUT else n) * heads + h) * K * V
+    q += batch * q_b + first * q_t + (h // group) * q_h
+    k += batch * k_b + first * k_t + (h // group) * k_h
+    v += batch * v_b + first * v_t + h * v_h
+    beta += batch * beta_b + first * beta_t + h * beta_h
+    y += ((batch * tokens + first) * heads + h) * V
+    slots += (row * heads + h) * K * V
+    running += ((row if CUT else n) * heads + h) * K * V
+    begun = False
     if GATED:
         g += batch * g_b + first * g_t + h * g_h
-    w, b = decays(g, at, g_t, size, BT, GATED)
-    hm, et = written(key, value, phi, beta, OBJECTIVE, PRECISION)
-    a = dot(hm, tl.trans(phi), PRECISION)
-    e = beta * key.to(tl.float32)
-    if OBJECTIVE == ENCODING:
-        # ρ must see the very E that is read: of a Z that nearly cancels, two roundings have little in common.
-        e = tl.trans(et) if PRECISION == "ieee" else beta * (key.to(tl.float32) - a)
-    along = dot(w, a * e, PRECISION)
-    weight = query.to(tl.float32) * scale
-    if GATED:
         begun = tl.load(again + row * heads + h) > 0
-    if READ_NORM:
-        ht = transposed(key, value, phi, OBJECTIVE, PRECISION)
-        square, _, _ = read_norms(e, dot(hm, ht, PRECISION), w, at, PRECISION)
-        if resumed:
-            s = slab(from_s, i, j, K, V).to(operand)
-            p = dot(hm, tl.trans(s), PRECISION)
-            wide = phi.to(tl.float32)
-            unit = squares(wide)[None, :]
-            left = b[:, None] * tl.sum(wide * s.to(tl.float32), 1)[None, :]
-            least = left + along * (1 - unit)
-            crossed = dot(w, e * p, PRECISION)
-            square += (b * b)[:, None] * squares(s.to(tl.float32))[None, :] + along * along * (unit - 2)
-            square += 2 * (b[:, None] * crossed - along * left)
-            square = tl.maximum(square, least * least * inverse(unit))
-        else:
-            square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
-        if GATED and begun:
-            toward, fresh = afresh(
-                key, value, beta, w, g, g_t, size, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION
-            )
-            more, _, _, met = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
-            square = tl.maximum(square + more, fresh * fresh * met * met)
-        weight *= inverse(tl.sqrt(square))
-        empty = (square <= 0) & (i < K)[None, :]
-    weights = w * dot(weight.to(operand), et.to(operand), PRECISION)
-    out = dot(weights.to(operand), hm, PRECISION)
-    if resumed:
-        s = slab(from_s, i, j, K, V).to(operand)
-        out += dot((b[:, None] * weight).to(operand), s, PRECISION)
-        out -= dot((along * weight).to(operand), phi, PRECISION)
+    if tl.load(pieces + row * 4 + 3) != 0:
+        read_piece(
+            q, q_t, k, k_t, v, v_t, beta, beta_t, g, g_t, first_slots, slots, running, begun, y, size, heads, scale,
+            K, V, BK, BV, BT, SLOTS, OBJECTIVE, READ_NORM, PER_SLOT, GATED, PRECISION, HALVES, True,
+        )  # fmt: skip
     else:
-        out += dot(((b[:, None] - along) * weight).to(operand), phi, PRECISION)
-    if GATED and begun:
-        toward, fresh = afresh(key, value, beta, w, g, g_t, size, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION)
-        out += dot((fresh * weight).to(operand), toward, PRECISION)
-    if GATED and READ_NORM and tl.max(empty.to(tl.int32)) > 0:
-        toward = slab(first_slots, i, j, K, V).to(operand)
-        unread = tl.where(empty, query.to(tl.float32) * scale, 0.0)
-        out += dot(unread.to(operand), toward, PRECISION)
-    y += ((batch * tokens + first) * heads + h) * V
-    put(y, out.to(y.dtype.element_ty), at, j, heads * V, size, V)
+        read_piece(
+            q, q_t, k, k_t, v, v_t, beta, beta_t, g, g_t, first_slots, slots, running, begun, y, size, heads, scale,
+            K, V, BK, BV, BT, SLOTS, OBJECTIVE, READ_NORM, PER_SLOT, GATED, PRECISION, HALVES, False,
+        )  # fmt: skip
 
 
 def area(problem: Problem) -> int:
@@ -446,6 +519,7 @@ class Shape:
     rows: int
     common: dict[str, Any]
     chunk: dict[str, Any]
+    slots: dict[str, Any]
     cut: bool
 
     @classmethod
@@ -472,7 +546,11 @@ class Shape:
             "PRECISION": precision(problem) if problem.dtype == "float32" else "tf32",
         }
         pieces = {"CHUNK": chunk, "LONGEST": most, "MARKED": bool(every)}
-        return cls(chunks * each + s.N + (marks if every else 0), common, pieces, bool(common["CUT"]))
+        slots = {
+            "SLOTS": min(block(s.K), 64 if area(problem) <= 64 * 64 else 32),
+            "HALVES": problem.dtype == "bfloat16" and not gated(problem),
+        }
+        return cls(chunks * each + s.N + (marks if every else 0), common, pieces, slots, bool(common["CUT"]))
 
 
 @dataclass(frozen=True)
