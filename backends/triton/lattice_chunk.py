@@ -10,7 +10,8 @@ from mixers.spec import Array
 
 from .kernel import TritonKernel, blank_unused
 from .lattice_chunk_backward import backward
-from .lattice_chunk_forward import Shape, area, gated, inputs, longest, read, walk
+from .lattice_chunk_forward import Shape, area, gated, inputs, longest, walk
+from .lattice_chunk_read import read
 from .lattice_decode import decode
 from .lattice_slots import directions
 
@@ -52,8 +53,9 @@ class LatticeChunk(TritonKernel):
         """
         wide = area(problem) > 64 * 64
         few = min(problem.option["chunk_size"], longest(problem, back=False)) <= 16
-        slots = 8 if wide else 2 if few else 4
-        turns = (2 if few else 4) if not wide else 8 if few else 4
+        short = few and not wide and not gated(problem)
+        turns = 2 if short else 8 if wide and few else 4
+        slots = 2 if short else 8 if wide else 4
         first = {"chain_warps": 8 if wide else 4, "turn_warps": turns, "piece_warps": slots}
         return (first, *(first | {"chain_warps": a, "piece_warps": b} for a in (4, 8) for b in (2, 4, 8)))
 
