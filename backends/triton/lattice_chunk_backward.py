@@ -214,10 +214,12 @@ def _retreat(
         *(offsets, directions(problem, found.slots.device), first_marks(problem, offsets)),
         *(found.slots, found.running, found.ends, found.again, dslots, drunning),
         *(given(name) for name in ("final.start", "final.now", "checkpoint.start", "checkpoint.now")),
+        *(torch.empty((s.N, s.H, s.K, s.V), dtype=torch.float32, device=dslots.device) for _ in range(2)),
         *(wanted(dx, x, "initial.start"), wanted(dx, x, "initial.now")),
         *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G),
         **common,
         **shape.chunk,
+        SLOTS=min(shape.common["BK"], 64),
         num_warps=2 * config["chain_warps"],
         num_stages=1,
     )

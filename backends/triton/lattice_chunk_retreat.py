@@ -6,17 +6,8 @@ import triton
 import triton.language as tl
 
 from .blocks import dot, span
-from .lattice_pieces import emptied, first_row, piece_end, piece_row, piece_start, to_end
+from .lattice_pieces import emptied, first_row, piece_row, piece_start, to_end
 from .lattice_slots import DECODING, ENCODING, cut, inverse, put_slab, slab, strengths, tile
-
-
-@triton.jit
-def kept(slots, ends, row, i, j, K: tl.constexpr, V: tl.constexpr):
-    """Φ of a piece, and ρ, α and the largest number of U at its end."""
-    ends += row * 3 * K + i
-    rho = tl.load(ends, mask=i < K, other=1)
-    a = tl.load(ends + K, mask=i < K, other=0)
-    return slab(slots + row * K * V, i, j, K, V), rho, a, tl.load(ends + 2 * K, mask=i < K, other=0)
 
 
 @triton.jit(do_not_specialize=["beta_b", "g_b", "phase_n", "tokens", "every"])
@@ -24,8 +15,8 @@ def retreat(
     k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     start, start_n, start_h, start_k, now, now_n, now_h, now_k, phase, phase_n, offsets, first_slots, marks,
     slots, running, ends, again, dslots, drunning, dlast_start, dlast_now, dmarked_start, dmarked_now,
-    dstart, dnow, tokens, every, heads, group,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    at_start, at_now, dstart, dnow, tokens, every, heads, group,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr,
     CHUNK: tl.constexpr, LONGEST: tl.constexpr, OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, MARKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -38,7 +29,6 @@ def retreat(
     base = first_row(n, first, tokens, every, CHUNK, LONGEST, MARKED, PACKED)
     seen = tl.load(phase + n * phase_n)
     at = tl.arange(0, BT)
-    i = tl.arange(0, BK)
     j = tl.arange(0, BV)
     k += batch * k_b + first * k_t + (h // group) * k_h
     v += batch * v_b + first * v_t + h * v_h
@@ -48,87 +38,102 @@ def retreat(
     if MARKED:
         mark = tl.load(marks + n) if PACKED else n.to(tl.int64) * (tokens // every)
     own = (n.to(tl.int64) * heads + h) * K * V
-    dphi = tl.zeros((BK, BV), tl.float32)
-    ds = tl.zeros((BK, BV), tl.float32)
-    if dlast_start is not None:
-        dphi = slab(dlast_start + own, i, j, K, V).to(tl.float32)
-    if dlast_now is not None:
-        ds = slab(dlast_now + own, i, j, K, V).to(tl.float32)
+    at_start += own
+    at_now += own
+    for slot in range(0, BK, SLOTS):
+        i = slot + tl.arange(0, SLOTS)
+        dphi = tl.zeros((SLOTS, BV), tl.float32)
+        ds = tl.zeros((SLOTS, BV), tl.float32)
+        if dlast_start is not None:
+            dphi = slab(dlast_start + own, i, j, K, V).to(tl.float32)
+        if dlast_now is not None:
+            ds = slab(dlast_now + own, i, j, K, V).to(tl.float32)
+        put_slab(at_start, dphi, i, j, K, V)
+        put_slab(at_now, ds, i, j, K, V)
+    tl.debug_barrier()
     t = length
-    begin = piece_start(t, seen, every, CHUNK, LONGEST, MARKED)
-    row = (base + piece_row(begin, seen, every, CHUNK, LONGEST, MARKED)) * heads + h
-    behind = row + heads
-    if length > 0:
-        unit = slab(slots + behind * K * V, i, j, K, V)
-        phi, rho, a, most = kept(slots, ends, row, i, j, K, V)
-        first_end = piece_end(length * 0, seen, every, length, CHUNK, LONGEST, MARKED)
-        for part in tl.static_range(2):  # later pieces, whose S is Φ where no chunk is cut, then the first
-            stop = first_end if part == 0 else length * 0
-            while t > stop:
-                earlier = piece_start(begin, seen, every, CHUNK, LONGEST, MARKED)
-                before = (base + piece_row(earlier, seen, every, CHUNK, LONGEST, MARKED)) * heads + h
-                phi_before, rho_before, a_before, most_before = kept(slots, ends, before, i, j, K, V)
-                reads = slab(dslots + row * K * V, i, j, K, V)
-                wide = begin.to(tl.int64)
+    while t > 0:
+        begin = piece_start(t, seen, every, CHUNK, LONGEST, MARKED)
+        wide = begin.to(tl.int64)
+        row = (base + piece_row(begin, seen, every, CHUNK, LONGEST, MARKED)) * heads + h
+        behind = (base + piece_row(t, seen, every, CHUNK, LONGEST, MARKED)) * heads + h
+        behind = tl.where(t == length, row + heads, behind)
+        done = (seen + t) % CHUNK == 0
+        resumed = (begin == 0) | ((seen + begin) % CHUNK != 0)
+        from_s = row if CUT else n.to(tl.int64) * heads + h
+        w, b = to_end(g + wide * g_t if GATED else g, at, g_t, t - begin, GATED)
+        dh = tl.zeros((BT, BV), tl.float32)
+        for slot in range(0, BK, SLOTS):
+            i = slot + tl.arange(0, SLOTS)
+            dphi = slab(at_start, i, j, K, V)
+            ds = slab(at_now, i, j, K, V)
+            phi = slab(slots + row * K * V, i, j, K, V)
+            reads = slab(dslots + row * K * V, i, j, K, V)
+            key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
+            strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
+            rho = tl.load(ends + row * 3 * K + i, mask=i < K, other=1)
+            a = tl.load(ends + row * 3 * K + K + i, mask=i < K, other=0)
+            most = tl.load(ends + row * 3 * K + 2 * K + i, mask=i < K, other=0)
+            if GATED and CUT:  # the token that follows saw first directions
+                ds = tl.where((rho == 0)[:, None] & (t < length) & (not done), 0.0, ds)
+            if MARKED and t % every == 0:
+                to = ((mark + t // every - 1) * heads + h) * K * V
+                if dmarked_start is not None:
+                    dphi += slab(dmarked_start + to, i, j, K, V)
+                if dmarked_now is not None:
+                    ds += slab(dmarked_now + to, i, j, K, V)
+            s = phi
+            if resumed:
+                s = slab(running + from_s * K * V, i, j, K, V)
+            if done:
+                unit = slab(slots + behind * K * V, i, j, K, V)
+                ds += dphi
+                ds = inverse(rho, PRECISION)[:, None] * (ds - tl.sum(ds * unit, 1)[:, None] * unit)
+                dphi = tl.zeros((SLOTS, BV), tl.float32)
+                ended = rho[:, None] * unit
+            else:
+                last = behind if CUT else (tl.num_programs(0) // heads + n.to(tl.int64)) * heads + h
+                ended = tl.where((rho > 0)[:, None], slab(running + last * K * V, i, j, K, V), 0.0)
+            put_slab(dslots + row * K * V, ds, i, j, K, V)
+            live = tl.full((BT, SLOTS), 1.0, tl.float32)
+            if GATED:
+                if tl.load(again + row) > 0:
+                    value = tile(v + wide * v_t, at, j, v_t, t - begin, V)
+                    void = emptied(key, value, strength, g + wide * g_t, g_t, t - begin, OBJECTIVE)
+                    ended -= tl.sum(tl.where(void, w[:, None], 0.0), 0)[:, None] * slab(first_slots, i, j, K, V)
+                    live = tl.where(void, 0.0, 1.0)
+            strength *= live
+            delta = tl.sum(ds * phi, 1)[:, None]
+            du = ds - delta * phi
+            u = ended - b * s + a[:, None] * phi
+            # No rounding where nothing is written.
+            dphi += reads - a[:, None] * ds - tl.where((most > 0)[:, None], delta * u, 0.0)
+            if OBJECTIVE == DECODING:
+                dh += dot((strength * w[:, None] * key.to(tl.float32)).to(OPERAND), du.to(OPERAND), PRECISION)
+            elif OBJECTIVE == ENCODING:
+                value = tile(v + wide * v_t, at, j, v_t, t - begin, V).to(OPERAND)
+                dat = tl.trans(strength) * w[None, :] * dot(du.to(OPERAND), tl.trans(value), PRECISION)
+                dphi -= dot(dat.to(OPERAND), value, PRECISION)
+            ds *= b
+            if resumed:
+                ds += slab(drunning + from_s * K * V, i, j, K, V)
+            put_slab(at_start, dphi, i, j, K, V)
+            put_slab(at_now, ds, i, j, K, V)
+        tl.debug_barrier()
+        if OBJECTIVE == DECODING:
+            for slot in range(0, BK, SLOTS):
+                i = slot + tl.arange(0, SLOTS)
                 key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
-                strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
-                done = (seen + t) % CHUNK == 0
-                resumed = (begin == 0) | ((seen + begin) % CHUNK != 0)
-                if GATED and CUT:  # the token that follows saw first directions
-                    ds = tl.where((rho == 0)[:, None] & (t < length) & (not done), 0.0, ds)
-                if MARKED and t % every == 0:
-                    to = ((mark + t // every - 1) * heads + h) * K * V
-                    if dmarked_start is not None:
-                        dphi += slab(dmarked_start + to, i, j, K, V)
-                    if dmarked_now is not None:
-                        ds += slab(dmarked_now + to, i, j, K, V)
-                w, b = to_end(g + wide * g_t if GATED else g, at, g_t, t - begin, GATED)
-                if done:
-                    ds += dphi
-                    ds = inverse(rho, PRECISION)[:, None] * (ds - tl.sum(ds * unit, 1)[:, None] * unit)
-                    dphi = tl.zeros((BK, BV), tl.float32)
-                    ended = rho[:, None] * unit
-                else:
-                    last = behind if CUT else (tl.num_programs(0) // heads + n.to(tl.int64)) * heads + h
-                    ended = tl.where((rho > 0)[:, None], slab(running + last * K * V, i, j, K, V), 0.0)
-                put_slab(dslots + row * K * V, ds, i, j, K, V)
-                from_s = row if CUT else n.to(tl.int64) * heads + h
-                if CUT or part == 1:
-                    s = phi
-                    if resumed:
-                        s = slab(running + from_s * K * V, i, j, K, V)
-                    u = ended - b * s + a[:, None] * phi
-                else:
-                    u = ended - (b - a)[:, None] * phi
-                live = tl.full((BT, BK), 1.0, tl.float32)
-                if GATED:
-                    if tl.load(again + row) > 0:
-                        value = tile(v + wide * v_t, at, j, v_t, t - begin, V)
-                        void = emptied(key, value, strength, g + wide * g_t, g_t, t - begin, OBJECTIVE)
-                        of_first = tl.sum(tl.where(void, w[:, None], 0.0), 0)[:, None]
-                        u -= of_first * slab(first_slots, i, j, K, V)
-                        live = tl.where(void, 0.0, 1.0)
-                strength *= live
-                delta = tl.sum(ds * phi, 1)[:, None]
-                du = ds - delta * phi
-                # No rounding where nothing is written.
-                dphi += reads - a[:, None] * ds - tl.where((most > 0)[:, None], delta * u, 0.0)
-                if OBJECTIVE == DECODING:
-                    e = (strength * w[:, None] * key.to(tl.float32)).to(OPERAND)
-                    dh = dot(e, du.to(OPERAND), PRECISION)
-                    dphi -= dot(tl.trans(key), dh.to(OPERAND), PRECISION)
-                elif OBJECTIVE == ENCODING:
-                    value = tile(v + wide * v_t, at, j, v_t, t - begin, V).to(OPERAND)
-                    dat = tl.trans(strength) * w[None, :] * dot(du.to(OPERAND), tl.trans(value), PRECISION)
-                    dphi -= dot(dat.to(OPERAND), value, PRECISION)
-                ds *= b
-                if CUT or part == 1:
-                    if resumed:
-                        ds += slab(drunning + from_s * K * V, i, j, K, V)
-                unit, phi, rho, a, most = phi, phi_before, rho_before, a_before, most_before
-                t, begin, behind, row = begin, earlier, row, before
-    if length > 0:
-        dphi = cut(dphi, tile(start + n.to(tl.int64) * start_n + h * start_h, i, j, start_k, K, V).to(tl.float32))
-        ds = cut(ds, tile(now + n.to(tl.int64) * now_n + h * now_h, i, j, now_k, K, V).to(tl.float32))
-    put_slab(dstart + own, dphi.to(dstart.dtype.element_ty), i, j, K, V)
-    put_slab(dnow + own, ds.to(dnow.dtype.element_ty), i, j, K, V)
+                dphi = slab(at_start, i, j, K, V) - dot(tl.trans(key), dh.to(OPERAND), PRECISION)
+                put_slab(at_start, dphi, i, j, K, V)
+            tl.debug_barrier()
+        t = begin
+    for slot in range(0, BK, SLOTS):
+        i = slot + tl.arange(0, SLOTS)
+        dphi = slab(at_start, i, j, K, V)
+        ds = slab(at_now, i, j, K, V)
+        if length > 0:
+            dphi = cut(dphi, tile(start + n.to(tl.int64) * start_n + h * start_h, i, j, start_k, K, V).to(tl.float32))
+            ds = cut(ds, tile(now + n.to(tl.int64) * now_n + h * now_h, i, j, now_k, K, V).to(tl.float32))
+        put_slab(dstart + own, dphi.to(dstart.dtype.element_ty), i, j, K, V)
+        put_slab(dnow + own, ds.to(dnow.dtype.element_ty), i, j, K, V)
