@@ -84,7 +84,7 @@ def collect(
         hm = (value.to(tl.float32) - dot(key, phi, PRECISION)).to(OPERAND)
     elif OBJECTIVE == ENCODING:
         z -= dot(value, tl.trans(phi), PRECISION)
-    d = slab(dslots + (row * heads + h) * K * V, i, j, K, V)
+    d = slab(dslots + (row * heads + h) * K * V, i, j, K, V).to(tl.float32)
     exact: tl.constexpr = tl.float32 if GATED else OPERAND  # as in ``measure``
     du = d - tl.sum(d * wide, 1)[:, None] * wide
     through = w[:, None] * dot(hm.to(exact), tl.trans(du.to(exact)), DIGITS)
@@ -147,7 +147,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     held, da, dp = (tokens(s.K) for _ in range(3))
     de, dh, dg = tokens(s.K, torch.float32), tokens(s.V, torch.float32), tokens(1, torch.float32)
     moments = torch.empty((found.running.shape[0], s.H, 3, s.K), dtype=torch.float32, device=device)
-    dslots, drunning = torch.empty_like(found.slots), torch.empty_like(found.running)
+    dslots, drunning = torch.empty_like(found.slots, dtype=exact), torch.empty_like(found.running)
     states = (found.pieces, found.slots, found.running, found.again)
     turned = torch.empty((shape.rows, s.H, s.K), dtype=torch.float32, device=device) if gated(problem) else None
     rough = common["GATED"] and kind is torch.bfloat16

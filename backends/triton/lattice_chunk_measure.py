@@ -212,12 +212,14 @@ def measure_piece(
     # What follows from Q' and F is added once they lie in memory: fewer matrices are alive at a time.
     tl.debug_barrier()
     back = (wt * dot(hm, tl.trans(up), PRECISION)).to(exact)
+    if READ_NORM:  # G again: of another precision, which two bfloat16 have none of, lest it be kept from above
+        mt = 0.5 * pairs_back(dot(hm, ht, "ieee" if HALVES else PRECISION), wt, at)
     for slot in range(0, BK, SLOTS):
         i = slot + tl.arange(0, SLOTS)
         more = dot(back, tile(weight_to, at, i, heads * K, size, K), DIGITS)
         if READ_NORM:
             f = tile(f_to, at, i, heads * K, size, K)
-            more += among(0.5 * pairs_back(gram, wt, at), f, HALVES, DIGITS)
+            more += among(mt, f, HALVES, DIGITS)
         strength = strengths(beta, at, i, beta_t, size, K, PER_SLOT)
         if GATED and begun:
             key = tile(k, at, i, k_t, size, K).to(OPERAND)

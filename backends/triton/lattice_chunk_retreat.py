@@ -68,7 +68,7 @@ def retreat(
             dphi = slab(at_start, i, j, K, V)
             ds = slab(at_now, i, j, K, V)
             phi = slab(slots + row * K * V, i, j, K, V)
-            reads = slab(dslots + row * K * V, i, j, K, V)
+            reads = slab(dslots + row * K * V, i, j, K, V).to(tl.float32)
             key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
             strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
             rho = tl.load(ends + row * 3 * K + i, mask=i < K, other=1)
