@@ -54,9 +54,11 @@ class LatticeChunk(TritonKernel):
         wide = area(problem) > 64 * 64
         few = min(problem.option["chunk_size"], longest(problem, back=False)) <= 16
         short = few and not wide and not gated(problem)
-        turns = 2 if short else 8 if wide and few else 4
-        slots = 2 if short else 8 if wide else 4
-        first = {"chain_warps": 8 if wide else 4, "turn_warps": turns, "piece_warps": slots}
+        first = {
+            "chain_warps": 8 if wide else 4,
+            "turn_warps": 2 if short else 4,
+            "piece_warps": 2 if short else 8 if wide else 4,
+        }
         return (first, *(first | {"chain_warps": a, "piece_warps": b} for a in (4, 8) for b in (2, 4, 8)))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:

@@ -81,8 +81,13 @@ def measure_piece(
         live = tl.full((BT, SLOTS), 1.0, tl.float32)
         if GATED:
             et = writes(key, value, phi, strength, OBJECTIVE, PRECISION)
+            toward = slab(first_slots, i, j, K, V).to(OPERAND)
+            fresh = tl.zeros((BT, SLOTS), tl.float32)
+            p_first, crossed_first, met_first = fresh, fresh, fresh
             if begun:
-                live = 1 - emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
+                void = emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
+                fresh = afresh(void, w, PRECISION)
+                live = 1 - void
                 e *= live
                 et *= tl.trans(live)
         rounded = e.to(exact)
@@ -96,9 +101,6 @@ def measure_piece(
             part_s = dot(up, tl.trans(s), PRECISION)
         to_weight = b[:, None] * part_s - along * part_phi + dot(forth, rounded, DIGITS)
         if GATED and begun:
-            toward, fresh = afresh(
-                key, value, strength, w, g, g_t, size, i, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
-            )
             to_weight += fresh * dot(up, tl.trans(toward), PRECISION)
         weight = tile(q, at, i, q_t, size, K).to(tl.float32) * scale
         out = scale * to_weight
@@ -130,10 +132,8 @@ def measure_piece(
             else:
                 square = tl.maximum(square - along * along, 0.0) + less
             if GATED and begun:
-                toward, fresh = afresh(
-                    key, value, strength, w, g, g_t, size, i, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
-                )
-                more, _, _, met_first = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
+                more, p_first, crossed_first, met = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
+                met_first = met + tl.zeros((BT, SLOTS), tl.float32)
                 square = tl.maximum(square + more, fresh * fresh * met_first * met_first)
                 turned -= 2 * fresh * met_first
             shrunk = inverse(tl.sqrt(square), PRECISION)
@@ -142,8 +142,7 @@ def measure_piece(
             if GATED:
                 empty = (square <= 0) & (i < K)[None, :]
                 if tl.max(empty.to(tl.int32)) > 0:
-                    origin = slab(first_slots, i, j, K, V).to(OPERAND)
-                    out += tl.where(empty, scale * dot(up, tl.trans(origin), PRECISION), 0.0)
+                    out += tl.where(empty, scale * dot(up, tl.trans(toward), PRECISION), 0.0)
             to_square = -0.5 * weight * to_weight * shrunk * shrunk
             spread_back = over(wt2, to_square, HALVES, DIGITS)
             f = 2 * spread_back * e
@@ -171,14 +170,8 @@ def measure_piece(
             tl.store(moments + 2 * K + i, tl.sum(to_square * along * along, 0), mask=i < K)
         if GATED:
             if begun:
-                toward, fresh = afresh(
-                    key, value, strength, w, g, g_t, size, i, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
-                )
                 d_fresh = weight * dot(up, tl.trans(toward), PRECISION)
                 if READ_NORM:
-                    more, p_first, crossed_first, met_first = afresh_square(
-                        e, along, fresh, hm, w, phi, toward, PRECISION
-                    )
                     ones = squares(toward.to(tl.float32))[None, :]
                     d_fresh += 2 * to_square * (crossed_first - along * met_first + fresh * ones)
                     d_crossed_first = 2 * fresh * to_square

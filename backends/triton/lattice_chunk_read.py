@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .blocks import dot
-from .lattice_pieces import afresh, afresh_square, among, decays, errors, over, pairs, transposed, writes
+from .lattice_pieces import afresh, afresh_square, among, decays, emptied, errors, over, pairs, transposed, writes
 from .lattice_slots import ENCODING, inverse, put, slab, squares, strengths, tile
 
 
@@ -52,6 +52,12 @@ def read_piece(
             rounded = e.to(operand)
             e = rounded.to(tl.float32)
         along = over(w, a * e, HALVES, PRECISION)
+        if GATED:
+            toward = slab(first_slots, i, j, K, V).to(operand)
+            fresh = tl.zeros((BT, SLOTS), tl.float32)
+            if begun:
+                void = emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
+                fresh = afresh(void, w, PRECISION)
         if RESUMED:
             s = slab(running, i, j, K, V).to(operand)
         if READ_NORM:
@@ -69,9 +75,6 @@ def read_piece(
             else:
                 square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
             if GATED and begun:
-                toward, fresh = afresh(
-                    key, value, strength, w, g, g_t, size, i, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION
-                )
                 more, _, _, met = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
                 square = tl.maximum(square + more, fresh * fresh * met * met)
             empty = (square <= 0) & (i < K)[None, :]
@@ -84,12 +87,9 @@ def read_piece(
         else:
             out += dot(((b[:, None] - along) * weight).to(operand), phi, PRECISION)
         if GATED and begun:
-            toward, fresh = afresh(
-                key, value, strength, w, g, g_t, size, i, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION
-            )
             out += dot((fresh * weight).to(operand), toward, PRECISION)
         if GATED and READ_NORM and tl.max(empty.to(tl.int32)) > 0:
-            out += dot(unread.to(operand), slab(first_slots, i, j, K, V).to(operand), PRECISION)
+            out += dot(unread.to(operand), toward, PRECISION)
     out += dot((w * weights).to(operand), hm, PRECISION)
     put(y, out.to(y.dtype.element_ty), at, j, heads * V, size, V)
 

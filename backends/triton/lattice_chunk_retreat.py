@@ -1,5 +1,9 @@
 """The adjoint of the chain of chunked Lattice, from the last piece of a head to the first (the maths:
-``lattice_chunk_backward``). The next piece's slots are asked for a piece ahead.
+``lattice_chunk_backward``).
+
+A program has one head. The gradients of Φ and S lie in memory and are taken some slots at a time: those of a wide head
+do not fit into registers, and of any head loads need no other layout than what is computed from them, so that all of a
+piece's are on their way at once. What is loaded for a product is waited for on the spot, and comes last.
 """
 
 import triton
@@ -69,11 +73,12 @@ def retreat(
             ds = slab(at_now, i, j, K, V)
             phi = slab(slots + row * K * V, i, j, K, V)
             reads = slab(dslots + row * K * V, i, j, K, V).to(tl.float32)
-            key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
-            strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
+            unit = slab(slots + behind * K * V, i, j, K, V)
             rho = tl.load(ends + row * 3 * K + i, mask=i < K, other=1)
             a = tl.load(ends + row * 3 * K + K + i, mask=i < K, other=0)
             most = tl.load(ends + row * 3 * K + 2 * K + i, mask=i < K, other=0)
+            key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
+            strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
             if GATED and CUT:  # the token that follows saw first directions
                 ds = tl.where((rho == 0)[:, None] & (t < length) & (not done), 0.0, ds)
             if MARKED and t % every == 0:
@@ -86,7 +91,6 @@ def retreat(
             if resumed:
                 s = slab(running + from_s * K * V, i, j, K, V)
             if done:
-                unit = slab(slots + behind * K * V, i, j, K, V)
                 ds += dphi
                 ds = inverse(rho, PRECISION)[:, None] * (ds - tl.sum(ds * unit, 1)[:, None] * unit)
                 dphi = tl.zeros((SLOTS, BV), tl.float32)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .blocks import dot, upper_bits
-from .lattice_slots import DECODING, ENCODING, logs, slab, squares
+from .lattice_slots import DECODING, ENCODING, logs, squares
 
 
 @triton.jit
@@ -145,15 +145,10 @@ def pairs(gram, w, rows):
 
 
 @triton.jit
-def afresh(
-    key, value, beta, w, g, stride, size, i, first_slots, dtype: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """First directions τ of the slots i, and f of every token: S̃ holds f∘τ since a slot was emptied."""
-    at = tl.arange(0, key.shape[0])
-    toward = slab(first_slots, i, tl.arange(0, BV), K, V).to(dtype)
-    void = emptied(key, value, beta, g, stride, size, OBJECTIVE).to(tl.float32)
-    return toward, dot(tl.where(at[:, None] > at[None, :], w, 0.0), void, PRECISION)
+def afresh(void, w, PRECISION: tl.constexpr):
+    """f of every token: S̃ holds f∘τ, τ the first direction, since a slot was emptied."""
+    at = tl.arange(0, void.shape[0])
+    return dot(tl.where(at[:, None] > at[None, :], w, 0.0), void, PRECISION)
 
 
 @triton.jit
