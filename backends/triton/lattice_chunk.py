@@ -52,11 +52,11 @@ class LatticeChunk(TritonKernel):
         64 tokens are the rows of one warpgroup: more warps would each do the same.
         """
         wide = area(problem) > 64 * 64
-        few = min(problem.option["chunk_size"], longest(problem, back=False)) <= 16
-        short = few and not wide and not gated(problem)
+        tokens = min(problem.option["chunk_size"], longest(problem, back=False))
+        short = tokens <= 16 and not wide and not gated(problem)
         first = {
             "chain_warps": 8 if wide else 4,
-            "turn_warps": 2 if short else 4,
+            "turn_warps": 2 if short else 8 if wide and tokens <= 32 else 4,
             "piece_warps": 2 if short else 8 if wide else 4,
         }
         return (first, *(first | {"chain_warps": a, "piece_warps": b} for a in (4, 8) for b in (2, 4, 8)))
