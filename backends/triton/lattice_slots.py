@@ -81,19 +81,21 @@ def squares(s):
 
 
 @triton.jit
-def norms(s, CAREFUL: tl.constexpr):
-    """``‖s_i‖`` of every row; CAREFUL where the square of a row may underflow."""
+def norms(s, CAREFUL: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+    """``‖s_i‖`` of every row; CAREFUL where the square of a row may underflow, correctly rounded where PRECISION is."""
     if CAREFUL:
         peak = tl.max(tl.abs(s), 1)
         unit = tl.where(peak > 0, peak, 1)
         return peak * tl.sqrt_rn(squares(s / unit[:, None]))
-    return tl.sqrt_rn(squares(s))
+    return tl.sqrt_rn(squares(s)) if PRECISION == "ieee" else tl.sqrt(squares(s))
 
 
 @triton.jit
-def inverse(x):
-    """``1/x``, and 0 for 0."""
-    return tl.where(x > 0, tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.where(x > 0, x, 1.0)), 0.0)
+def inverse(x, PRECISION: tl.constexpr = "ieee"):
+    """``1/x``, and 0 for 0; correctly rounded, which takes a branch a number, only where products are."""
+    safe = tl.where(x > 0, x, 1.0)
+    found = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), safe) if PRECISION == "ieee" else 1.0 / safe
+    return tl.where(x > 0, found, 0.0)
 
 
 @triton.jit
