@@ -1,10 +1,10 @@
-"""Multi-query associative recall, the task of Zoology (arXiv 2312.04927): pairs first, then questions among noise.
+"""Multi-query associative recall, the task of Zoology (arXiv 2312.04927): pairs first, then questions among blanks.
 
-    k₁ v₁ k₂ v₂ … k_P v_P   x x k₂ x … k₁ x …            x: words that nobody asks about
+    k₁ v₁ k₂ v₂ … k_P v_P   0 0 k₂ 0 … k₁ 0 …            0: a word that says nothing
     at each key of the second part, which comes once, the model is to name its value
 
 Keys are words of the lower half of the vocabulary, values of the upper half. A question follows the pairs by an even
-number of words, the fewer the likelier: gap g has a probability that goes as g^(−0.99).
+number of words, the fewer the likelier: the gap after g such places has a weight of (g+1)^(−0.99).
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def associations(
 
     Args:
         rows: sequences ``R``.
-        length: words of a sequence ``T``; 4 times the most pairs ``P`` at least.
+        length: words of a sequence ``T``, at least 4 for each of the most pairs ``P``.
         pairs: numbers of pairs, each as likely.
         words: the vocabulary; an even number.
         make: the source of randomness, on the device where the sequences are to be.
@@ -44,14 +44,14 @@ def _draw(
     many = torch.tensor(list(pairs), device=device)
     many = many[torch.randint(len(pairs), (rows, 1), generator=make, device=device)]
     there = torch.arange(most, device=device) < many  # [R,P]
-    keys = _without_return(torch.zeros(rows, half, device=device), most, make)
+    keys = 1 + _without_return(torch.zeros(rows, half - 1, device=device), most, make)
     values = torch.randint(half, words, (rows, most), generator=make, device=device)
 
     gap = torch.arange((length - 2 * min(pairs)) // 2, device=device)
     likely = (NEAR - 1) * torch.log(gap + 1.0) + torch.where(2 * gap + 2 * many < length, 0.0, -torch.inf)
     places = 2 * many + 2 * _without_return(likely, most, make)
 
-    tokens = torch.randint(words, (rows, length + 1), generator=make, device=device)  # what is absent goes to the end
+    tokens = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)  # what is absent goes to the end
     pair = torch.where(there, 2 * torch.arange(most, device=device), length)
     tokens.scatter_(1, pair, keys)
     tokens.scatter_(1, torch.where(there, pair + 1, length), values)

@@ -41,7 +41,7 @@ class Settings:
     hidden: int = 1536
     length: int = 512
     batch: int = 32
-    steps: int = 600
+    steps: int = 400
     rate: float = 1e-3
     seeds: tuple[int, ...] = (0, 1)
     longer: int = 16
@@ -58,7 +58,7 @@ QUICK = Settings(
 )  # fmt: skip
 
 
-def fleets(settings: Settings) -> list[Fleet]:
+def fleets(settings: Settings, rows: list[Row]) -> list[Fleet]:
     """One model a process: it fills a GPU."""
     runs: Fleet = []
     for seed in settings.seeds:

@@ -13,7 +13,7 @@ import torch
 import mixers
 from benchmarks import timing
 from benchmarks.evidence import reading
-from benchmarks.evidence.command import Experiment, Fleet, main
+from benchmarks.evidence.command import Experiment, Fleet, main, sweep
 from benchmarks.evidence.store import Row
 from benchmarks.evidence.training import DEVICE, GPU, Training, curve, model_of, train
 
@@ -26,7 +26,7 @@ class Settings:
         chunks: sizes of a chunk.
         d_model, layers, heads: the model.
         length, batch, steps: bytes of a window, windows a step, and steps.
-        rates, seeds: all with all.
+        rates, seeds: see ``sweep``.
         windows: held-out windows.
         timed: batch, tokens, heads and width of the timed call, in bfloat16.
     """
@@ -50,14 +50,11 @@ QUICK = Settings(
 )
 
 
-def fleets(settings: Settings) -> list[Fleet]:
-    """The times first, alone; then a fleet a chunk size."""
-    times: Fleet = [{"chunk_size": c, "what": "time"} for c in settings.chunks]
-    learned = [
-        [{"chunk_size": c, "what": "loss", "rate": r, "seed": s} for s in settings.seeds for r in settings.rates]
-        for c in settings.chunks
-    ]
-    return [times, *learned]
+def fleets(settings: Settings, rows: list[Row]) -> list[Fleet]:
+    """The times first, alone; then rates and seeds of every chunk size."""
+    jobs = [{"chunk_size": c, "what": "loss"} for c in settings.chunks]
+    learned = [fleet for job in jobs for fleet in sweep(job, settings.rates, settings.seeds, rows, "score")]
+    return [[{"chunk_size": c, "what": "time"} for c in settings.chunks], *learned]
 
 
 def work(settings: Settings, fleet: Fleet) -> Iterator[tuple[Row, Row]]:
@@ -80,8 +77,8 @@ def work(settings: Settings, fleet: Fleet) -> Iterator[tuple[Row, Row]]:
     train(trainings)
     windows = reading.held_out(settings.length, settings.windows)
     for run, training in zip(fleet, trainings, strict=True):
-        bits = reading.bits(training.model, windows, settings.batch)
-        yield run, {"bits": float(bits.mean()), "captured": training.captured, "curve": curve(training.losses)}
+        bits = float(reading.bits(training.model, windows, settings.batch).mean())
+        yield run, {"bits": bits, "score": -bits, "captured": training.captured, "curve": curve(training.losses)}
 
 
 def times(settings: Settings, chunk: int) -> Row:

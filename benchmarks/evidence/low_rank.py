@@ -47,7 +47,7 @@ FULL = Settings()
 QUICK = Settings(d_model=32, layers=2, heads=2, length=32, batch=2, steps=6, seeds=(0,), windows=2)
 
 
-def fleets(settings: Settings) -> list[Fleet]:
+def fleets(settings: Settings, rows: list[Row]) -> list[Fleet]:
     """A fleet a mixer."""
     return [[{"mixer": mixer, "seed": seed} for seed in settings.seeds] for mixer in settings.mixers]
 

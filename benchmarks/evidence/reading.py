@@ -1,6 +1,6 @@
 """The source of Python's standard library as lessons, and bits a byte on files that were held out.
 
-    window = NUL, then L bytes from anywhere in the training files: the model reads the first L and predicts the last L
+window = NUL, then L bytes from anywhere in the training files: the model reads the first L and predicts the last L
 """
 
 import functools

@@ -59,7 +59,7 @@ FULL = Settings()
 QUICK = Settings(d_model=32, length=32, batch=2, steps=6, seeds=(0,), examined=32, windows=2)
 
 
-def fleets(settings: Settings) -> list[Fleet]:
+def fleets(settings: Settings, rows: list[Row]) -> list[Fleet]:
     """A fleet a trained mixer."""
     return [
         [{"update": update, "seed": seed} for seed in settings.seeds for update in UPDATES if UPDATES[update] == mixer]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.evidence import recall
-from benchmarks.evidence.command import Experiment, Fleet, main
+from benchmarks.evidence.command import Experiment, Fleet, main, sweep
 from benchmarks.evidence.store import Row
 from benchmarks.evidence.training import model_of
 from mixers.nn import LanguageModel
@@ -38,13 +38,11 @@ QUICK = Settings(
 )  # fmt: skip
 
 
-def fleets(settings: Settings) -> list[Fleet]:
-    """A fleet a mixer and shape: every rate and seed."""
+def fleets(settings: Settings, rows: list[Row]) -> list[Fleet]:
+    """Rates and seeds of every mixer and shape."""
     shapes = [("lattice", m, settings.value) for m in settings.slots] + [("ttt_linear", d, d) for d in settings.squares]
-    return [
-        [{"mixer": m, "slots": k, "value": v, "rate": r, "seed": s} for s in settings.seeds for r in settings.rates]
-        for m, k, v in shapes
-    ]
+    jobs = [{"mixer": mixer, "slots": slots, "value": value} for mixer, slots, value in shapes]
+    return [fleet for job in jobs for fleet in sweep(job, settings.rates, settings.seeds, rows, "score")]
 
 
 def work(settings: Settings, fleet: Fleet) -> Iterator[tuple[Row, Row]]:

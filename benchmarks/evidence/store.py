@@ -36,7 +36,9 @@ class Store:
         self.path, self.settings = path, dict(settings)
         known = json.loads(path.read_text()) if path.exists() else {}
         if known and known["settings"] != json.loads(json.dumps(self.settings)):
-            raise ValueError(f"{path} was made with other settings: {known['settings']}; delete it, or give another --out")
+            raise ValueError(
+                f"{path} was made with other settings: {known['settings']}; delete it, or give another --out"
+            )
         self.machines: list[Row] = [*known.get("machines", ()), machine()]
         self.rows: list[Row] = known.get("runs", [])
         self.failures: list[Row] = []
