@@ -18,7 +18,8 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 
-PINS = ("-c", "constraints.txt")
+# Pinned; and bytecode is left to be written for what is imported, which is a small part of torch.
+PINS = ("--no-compile", "-c", "constraints.txt")
 
 # What each session installs, and no more, so that a stray import of another library fails; and what it checks. torch
 # brings autodiff, so its session checks what gradients are compared with; what NumPy alone tells is left to the session
