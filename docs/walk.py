@@ -22,7 +22,7 @@ from selenium.webdriver.common.by import By
 
 BUILT = Path(__file__).parent / "built"
 PICTURES = Path("runs/walk")
-SHOWN = ("index.html", "made/mixers/lattice.html", "evidence/recall.html")
+SHOWN = ("index.html", "made/mixers/lattice.html", "performance.html")
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 
 # What a page says of itself: its links, ids, pictures that did not load, formulas without an extent, and its width.
