@@ -27,8 +27,8 @@ PINS = ("--no-compile", "-c", "constraints.txt")
 # those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of the laws, another
 # part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
-SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "2000")
-SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "500")
+SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "16000")
+SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "16000")
 WITHOUT_TORCH = tuple(
     f"--ignore=tests/{file}.py"
     for file in (

@@ -31,5 +31,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--most",
         type=int,
         default=0,
-        help="leave out cases of laws with more tokens × heads × widths than this: a simulator is slow; 0 for no limit",
+        help="leave out cases of laws with more tokens × heads × widths (16 at least) than this; 0 for no limit",
     )

@@ -137,9 +137,9 @@ def other(case: Case, library: str) -> bool:
 
 
 def size(setting: Setting) -> int:
-    """Tokens × heads × widths."""
+    """Tokens × heads × widths, as a simulator feels them: narrow ones are filled up to blocks of 16."""
     s = setting.sizes()
-    return s.B * s.T * s.H * s.K * s.V
+    return s.B * s.T * s.H * max(s.K, 16) * max(s.V, 16)
 
 
 def share(cases: list[Case], every: int) -> list[Case]:

@@ -17,7 +17,7 @@ from tensors import drawn, losses, on_gpu  # noqa: E402
 import mixers  # noqa: E402
 from mixers.backend import installed  # noqa: E402
 
-# How much a simulator is asked to do: tokens × heads × widths, unless ``--most`` says otherwise.
+# How much a simulator is asked to do: tokens × heads × widths of 16, unless ``--most`` says otherwise.
 SIMULATED = 15000
 
 
@@ -99,7 +99,7 @@ def test_every_element_is_written(form, monkeypatch: pytest.MonkeyPatch, request
     """What the library allocates is full of NaN first; none is left in outputs and gradients."""
     heads, width = 2, 6
     most = request.config.getoption("--most") or SIMULATED
-    tokens = min(21, most // (heads * width**2)) if form.device == "cpu" else 150
+    tokens = min(21, most // (heads * 16**2)) if form.device == "cpu" else 150
     mix, x = form.get(), {n: a.requires_grad_() for n, a in inputs(form, 1, tokens, width=width).items()}
     empty, empty_like = torch.empty, torch.empty_like
 
