@@ -126,11 +126,14 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the site, warnings being errors, and run its code blocks; with ``serve`` build it and show it instead."""
+    """Build the site, warnings being errors, and run its code blocks; or build it and ``serve`` or ``walk`` it."""
     session.install(*PINS, "-e", f".{SITE}")
     build_site(session)
     if "serve" in session.posargs:
         session.run("python", "-m", "http.server", "--directory", "docs/built", "--bind", "127.0.0.1", "8000")
+    elif "walk" in session.posargs:
+        session.install(*PINS, "selenium")
+        session.run("python", "docs/walk.py")
     else:
         run_blocks(session)
 
