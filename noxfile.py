@@ -27,8 +27,10 @@ PINS = ("--no-compile", "-c", "constraints.txt")
 # those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of the laws, another
 # part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
-SIMULATED = (*LAWS, *(f"tests/test_{name}.py" for name in ("triton", "primitives", "readme")), "--most", "16000")
-SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "16000")
+SHIPPED = "tests/autotune/test_shipped.py"
+TRITONS = tuple(f"tests/test_{name}.py" for name in ("triton", "primitives", "readme"))
+SIMULATED = (*LAWS, *TRITONS, SHIPPED, "--most", "16000")
+SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", SHIPPED, "--most", "16000")
 WITHOUT_TORCH = tuple(
     f"--ignore=tests/{file}.py"
     for file in (
@@ -126,11 +128,14 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the site, warnings being errors, and run its code blocks; with ``serve`` build it and show it instead."""
+    """Build the site, warnings being errors, and run its code blocks; or build it and ``serve`` or ``walk`` it."""
     session.install(*PINS, "-e", f".{SITE}")
     build_site(session)
     if "serve" in session.posargs:
         session.run("python", "-m", "http.server", "--directory", "docs/built", "--bind", "127.0.0.1", "8000")
+    elif "walk" in session.posargs:
+        session.install(*PINS, "selenium")
+        session.run("python", "docs/walk.py")
     else:
         run_blocks(session)
 

@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import mixers
+from benchmarks.inputs import first_state
 from mixers.arrays.torch import library
 from mixers.packed import packed_attention
+from mixers.spec import Sizes
 
 RESULT = Path(__file__).resolve().parent / "results" / "hybrid.json"
 GPU = torch.cuda.is_available()
@@ -204,14 +206,34 @@ def caching_rows(shape: tuple[int, ...], turns: int) -> Any:
 
 
 def mlp_rows(shape: tuple[int, ...], turns: int) -> Any:
-    """TTT-MLP; its peer is measured where JAX runs on the same device."""
+    """TTT-MLP beside its dual form in jitted JAX, on the same device, in JAX's default precision of products."""
     x = draw(*shape)
     del x["log_decay"]
     x["beta"] = x["beta"] / shape[3]
-    heads, width = shape[2:]
-    x["norm_weight"], x["norm_bias"] = torch.ones(heads, width, device=DEVICE), torch.zeros(heads, width, device=DEVICE)
     mix = mixers.get("ttt_mlp", chunk_size=16)
-    yield duel("ttt_mlp forward+backward", shape, {"ours": train(lambda **x: mix(**x).y, x)}, turns)
+    row = duel("ttt_mlp forward+backward", shape, {"ours": train(lambda **x: mix(**x).y, x)}, turns)
+    row["eager_ms"] |= alternate({"peer": in_jax(x)}, turns)
+    yield row | {"eager_ratio": row["eager_ms"]["ours"] / row["eager_ms"]["peer"], "peer": "jitted JAX, dual form"}
+
+
+def in_jax(x: Named) -> Run:
+    """Forward and backward of TTT-MLP in jitted JAX; the call waits for its result."""
+    import jax
+
+    from benchmarks.peers.jax_scan import ttt_mlp_chunked
+
+    arrays = {name: jax.numpy.asarray(a.float().cpu().numpy()).astype(str(a.dtype)[6:]) for name, a in x.items()}
+    dy, width, heads = arrays.pop("dy"), x["q"].shape[3], x["q"].shape[2]
+    spec = mixers.get_spec("ttt_mlp")
+    sizes = Sizes(B=x["q"].shape[0], T=x["q"].shape[1], G=heads, H=heads, K=width, V=width, N=x["q"].shape[0])
+    state = tuple(jax.numpy.asarray(a) for a in first_state(spec, sizes, {"chunk_size": 16})[:4])
+
+    @jax.jit
+    def train(x: Any, dy: Any) -> Any:
+        y, pull = jax.vjp(lambda x: ttt_mlp_chunked(x, state, {"chunk_size": 16})[0], x)
+        return pull(dy.astype(y.dtype))
+
+    return lambda: jax.block_until_ready(train(arrays, dy))
 
 
 def machine() -> dict[str, Any]:

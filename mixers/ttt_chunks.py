@@ -9,6 +9,7 @@
 Only the chain over mini-batches is sequential. A mini-batch that was begun before, or that does not end, is shorter.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,18 @@ import numpy as np
 from mixers import reference
 from mixers.algebra import like
 from mixers.call import Call
+from mixers.primitive import run
 from mixers.problem import Arrays
 from mixers.spec import Array
 from mixers.ttt import residual_norm
-from mixers.ttt_mlp import errors, gelu, gelu_slope
+from mixers.ttt_mlp import BATCHES, errors, gelu, gelu_slope
 
 State = tuple[Array, ...]
+
+
+# A kernel runs so many mini-batches at a time: its backward keeps the weights before each, and learns them again.
+AT_ONCE = 32
+LONGEST = 64
 
 
 def compose(library: Any, mixer: Any, call: Call, x: Arrays) -> Arrays:
@@ -29,13 +36,19 @@ def compose(library: Any, mixer: Any, call: Call, x: Arrays) -> Arrays:
     fresh = call.x.get("initial.phase") is None
 
     def whole(inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int) -> tuple[Array, State]:
-        return _whole(library, call, inputs, constants, state, passed if fresh else None)
+        return _whole(library, mixer.backend, call, inputs, constants, state, passed if fresh else None)
 
     return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, whole)
 
 
 def _whole(
-    library: Any, call: Call, inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int | None
+    library: Any,
+    backend: str,
+    call: Call,
+    inputs: dict[str, Array],
+    constants: dict[str, Array],
+    state: State,
+    passed: int | None,
 ) -> tuple[Array, State]:
     """Sequences of one length, side by side."""
     xp, chunk, rows = library.namespace, call.options["chunk_size"], inputs["q"].shape[0]
@@ -47,10 +60,10 @@ def _whole(
         for n in range(rows):
             one = {name: a[n : n + 1] for name, a in inputs.items()}
             alone = tuple(a[n : n + 1] for a in state)
-            found.append(_Batches(library, chunk, one, constants).run(alone, int(phases[n]), True))
+            found.append(_Batches(library, backend, chunk, one, constants).run(alone, int(phases[n]), True))
         outputs, states = zip(*found, strict=True)
         return xp.concat(list(outputs), axis=0), tuple(xp.concat(list(c), axis=0) for c in zip(*states, strict=True))
-    return _Batches(library, chunk, inputs, constants).run(state, int(phases[0]), passed is None)
+    return _Batches(library, backend, chunk, inputs, constants).run(state, int(phases[0]), passed is None)
 
 
 def _by_token(
@@ -75,22 +88,30 @@ def _wide(library: Any, array: Array) -> str:
 class _Batches:
     """The tokens of sequences of one length, in mini-batches."""
 
-    def __init__(self, library: Any, chunk: int, inputs: dict[str, Array], constants: dict[str, Array]) -> None:
+    def __init__(
+        self, library: Any, backend: str, chunk: int, inputs: dict[str, Array], constants: dict[str, Array]
+    ) -> None:
         xp = self.xp = library.namespace
-        self.library, self.chunk, self.dtype = library, chunk, library.dtype(inputs["v"])
-        wide, heads = _wide(library, inputs["v"]), inputs["v"].shape[2]
-        self.tokens = {name: library.cast(a, wide) for name, a in inputs.items()}
-        for name in ("q", "k"):
-            a = self.tokens[name]
-            self.tokens[name] = a if a.shape[2] == heads else xp.repeat(a, heads // a.shape[2], axis=2)
-        scale = constants.get("token_scale")
-        self.scale = like(xp, 1.0 / np.arange(1, chunk + 1), self.tokens["v"]) if scale is None else scale
+        self.library, self.backend, self.chunk, self.dtype = library, backend, chunk, library.dtype(inputs["v"])
+        self.inputs, self.constants = inputs, constants
+        scale, one = constants.get("token_scale"), library.cast(inputs["v"][:1, :1], _wide(library, inputs["v"]))
+        self.scale = like(xp, 1.0 / np.arange(1, chunk + 1), one) if scale is None else scale
         self.norm = {n: constants[n][:, None] for n in ("norm_weight", "norm_bias") if constants.get(n) is not None}
+
+    @functools.cached_property
+    def tokens(self) -> dict[str, Array]:
+        """The inputs as the arithmetic wants them, a head of q and k for each of v."""
+        wide, heads = _wide(self.library, self.inputs["v"]), self.inputs["v"].shape[2]
+        found = {name: self.library.cast(a, wide) for name, a in self.inputs.items()}
+        for name in ("q", "k"):
+            a = found[name]
+            found[name] = a if a.shape[2] == heads else self.xp.repeat(a, heads // a.shape[2], axis=2)
+        return found
 
     def run(self, state: State, phase: int, resumed: bool) -> tuple[Array, State]:
         """Output and state, from a mini-batch of which ``phase`` tokens have passed; with sums that are not 0 if so."""
         xp, chunk = self.xp, self.chunk
-        weights, sums, count = state[:4], state[4:8], self.tokens["q"].shape[1]
+        weights, sums, count = state[:4], state[4:8], self.inputs["q"].shape[1]
         outputs, at = [], 0
         if phase or resumed:
             at = min(chunk - phase, count)
@@ -120,7 +141,10 @@ class _Batches:
         return y, self._moved(weights, sums), tuple(self.xp.zeros_like(a) for a in sums)
 
     def _whole(self, at: int, count: int, weights: State) -> tuple[Array, State]:
-        """Mini-batches from first to last token."""
+        """So many mini-batches from token ``at`` on."""
+        found = self._by_kernel(at, count, weights)
+        if found is not None:
+            return found
         xp, end = self.xp, at + count * self.chunk
         cut = {
             name: xp.reshape(a[:, at:end], (a.shape[0], count, self.chunk, *a.shape[2:]))
@@ -133,6 +157,24 @@ class _Batches:
 
         y, weights = self.library.scan(step, weights, cut)
         return xp.reshape(y, (y.shape[0], end - at, *y.shape[3:])), weights
+
+    def _by_kernel(self, at: int, count: int, weights: State) -> tuple[Array, State] | None:
+        """The same by a backend's kernel, some mini-batches at a time; None where there is none."""
+        if self.chunk > LONGEST:
+            return None
+        constants = (self.constants.get(name) for name in ("norm_weight", "norm_bias", "token_scale"))
+        parameters, parts = tuple(constants), []
+        for first in range(at, at + count * self.chunk, AT_ONCE * self.chunk):
+            piece = slice(first, min(first + AT_ONCE * self.chunk, at + count * self.chunk))
+            tokens = (self.inputs[name][:, piece] for name in ("q", "k", "v", "beta"))
+            found = run(self.library, BATCHES, self.backend, (*tokens, *weights, *parameters), how=str(self.chunk))
+            if found is None:
+                return None
+            y, *last = found
+            parts.append(y)
+            weights = tuple(last)
+        y = self.xp.concat(parts, axis=1) if len(parts) > 1 else parts[0]
+        return self.library.cast(y, self.dtype), weights
 
     def _moved(self, weights: State, sums: State) -> State:
         return tuple(a - self.scale[-1] * b for a, b in zip(weights, sums, strict=True))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixers.algebra import device_of, directions, outer, read, rows_dot
+from mixers.primitive import Primitive, Shapes
 from mixers.spec import Array, Field, Memory, MixerSpec, Options, Sizes, StateLayout
 from mixers.ttt import FIRST_SCALE, as_it_is, rate_so_far, rates, residual_norm, standardise, ttt_linear
 
@@ -167,6 +168,22 @@ def _flops(sizes: Sizes, options: Options) -> float:
     return 48.0 * sizes.K * sizes.K
 
 
+def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str) -> Shapes:
+    wide = "float64" if dtype == "float64" else "float32"
+    return (tuple(x[2].shape), dtype), *((tuple(a.shape), wide) for a in x[4:8])
+
+
+BATCHES = Primitive(
+    "ttt_mlp",
+    ("q", "k", "v", "beta", *(field.name for field in WEIGHTS), "norm_weight", "norm_bias", "token_scale"),
+    (),
+    ("y", *(field.name for field in WEIGHTS)),
+    _shapes,
+    ("y", *(field.name for field in WEIGHTS)),
+)
+"""Whole mini-batches of as many tokens as ``how`` says: y ``[N,L,H,K]`` and the weights behind them."""
+
+
 def compose(library: Any, mixer: Any, call: Any, x: dict[str, Array]) -> dict[str, Array]:
     """By mini-batches; see ``mixers.ttt_chunks``."""
     from mixers import ttt_chunks
@@ -199,6 +216,7 @@ ttt_mlp = MixerSpec(
     kept=lambda options: tuple(Field(f.name, f.axes.replace("N", "R", 1)) for f in WEIGHTS),
     exact_in_chunks=False,
     compose=compose,
+    primitives=(BATCHES,),
 )
 
 SPECS = (ttt_mlp,)

@@ -86,3 +86,42 @@ def test_packed_attention(sizes: tuple[int, ...], cap: int, share: float) -> Non
     for a, b, c in zip(found, wanted, again, strict=True):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-5)
         assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slack"),
+    [
+        ("float32", 2e-5),
+        pytest.param("bfloat16", 2e-2, marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU's bfloat16")),
+    ],
+)
+def test_ttt_mlp(dtype: str, slack: float) -> None:
+    """Whole mini-batches by the kernel, the rest by array operations, against float64; the same bits twice."""
+    from mixers.backends.triton.ttt_mlp import PRIMITIVE
+
+    make = torch.Generator().manual_seed(0)
+    tokens, heads, width, kind = 11, 2, 6, getattr(torch, dtype)
+
+    def normal(*shape: int, scale: float = 1.0, to: Any = kind) -> Any:
+        return (scale * torch.randn(shape, generator=make)).to(to)
+
+    x = {name: normal(1, tokens, 1, width) for name in ("q", "k")} | {"v": normal(1, tokens, heads, width)}
+    x["beta"] = torch.rand(1, tokens, heads, generator=make) / width
+    x |= {"norm_weight": 1 + normal(heads, width, scale=0.1, to=torch.float32)}
+    x |= {"norm_bias": normal(heads, width, to=torch.float32), "token_scale": torch.rand(4, generator=make)}
+    dy = normal(1, tokens, heads, width)
+    assert PRIMITIVE.serves(dtype, DEVICE, (width, width))
+
+    def run(backend: str, **cast: Any) -> tuple[Any, ...]:
+        leaves = {name: a.to(**cast).requires_grad_() for name, a in x.items()}
+        y, state = mixers.get("ttt_mlp", backend=backend, chunk_size=4)(**leaves)
+        return y, *state[:4], *torch.autograd.grad(y, list(leaves.values()), dy.to(y))
+
+    wanted, found, again = (
+        run("reference", dtype=torch.float64),
+        run("triton", device=DEVICE),
+        run("triton", device=DEVICE),
+    )
+    for a, b, c in zip(found, wanted, again, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= slack * b.abs().max()
+        assert torch.equal(a, c)

@@ -34,18 +34,20 @@ from .kernel import TritonKernel, blank_unused, dense, first_marks, place
 from .ttt_backward import backward
 from .ttt_decode import decode
 from .ttt_rows import (
-    SHORTEST,
     Layout,
     Scratch,
+    add_dot,
     add_product,
+    centre_columns,
+    column_gradient,
     completed,
     copy,
     cut,
     earlier,
     first_slot,
-    inner_gradient,
     last_rate,
     load_affine,
+    load_columns,
     load_rate,
     load_row,
     load_tile,
@@ -55,6 +57,7 @@ from .ttt_rows import (
     same,
     scores,
     standardise,
+    store_columns,
     store_row,
     store_tile,
 )
@@ -62,29 +65,29 @@ from .ttt_rows import (
 
 @triton.jit
 def _deposit(sums, bias_sums, carried, k, stride, rest, i, rows, target, target_bias, WIDTH: tl.constexpr,
-             D: tl.constexpr, SLICE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             D: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``A + Kᵀ E`` and ``a + Σ E`` of the mini-batch that goes on; A and a only where they are carried."""
     d = tl.arange(0, D)
     for start in range(0, WIDTH, SLICE):
         s = start + tl.arange(0, SLICE)
-        tile = load_tile(sums, WIDTH, s, d, tl.where(carried, WIDTH, 0), WIDTH)
-        keys = load_tile(k, stride, i, s, rows, WIDTH).to(OPERAND)
-        tile = tl.dot(tl.trans(keys), rest, tile, input_precision=PRECISION)
-        store_tile(target, WIDTH, s, d, WIDTH, tile, WIDTH)
+        tile = load_columns(sums, WIDTH, s, d, tl.where(carried, WIDTH, 0), WIDTH)
+        keys = load_tile(k, stride, i, s, rows, WIDTH)
+        tile = add_dot(tile, rest, keys, PRECISION)
+        store_columns(target, WIDTH, s, d, WIDTH, tile, WIDTH)
     bias_sum = tl.where(carried, load_row(bias_sums, d, WIDTH), 0.0)
-    store_row(target_bias, d, bias_sum + tl.sum(rest.to(tl.float32), 0), WIDTH)
+    store_row(target_bias, d, bias_sum + tl.sum(rest, 1), WIDTH)
 
 
 @triton.jit
-def _learn_from(state, rates, learned, tau, PRECISION: tl.constexpr):
-    """W or c behind a block.
+def _learn_from(state, learned, keys, tau, PRECISION: tl.constexpr):
+    """W behind a block.
 
     In true float32 a block's sum is rounded to itself before it joins W, whose digits it may lack: in one accumulator
-    every token would be rounded to those of W. There the rates lack −τ, as Triton makes one accumulator of a plain sum.
+    every token would be rounded to those of W. There E lacks −τ, as Triton makes one accumulator of a plain sum.
     """
     if PRECISION == "ieee":
-        return state - tau * tl.dot(rates, learned, input_precision=PRECISION)
-    return tl.dot(rates, learned, state, input_precision=PRECISION)
+        return state - tau * tl.dot(learned, keys.to(tl.float32), input_precision=PRECISION)
+    return add_dot(state, learned, keys, PRECISION)
 
 
 _LEARN_LENGTHS = ("tokens", "kb", "kt", "kh", "vb", "vt", "vh", "bb", "bt", "bh", "gh", "sh",
@@ -101,7 +104,7 @@ def learn(
     weight1, weight_sum1, bias1, bias_sum1, phase1, weight2, weight_sum2, bias2, bias_sum2, phase2,
     WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     EVERY: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr, RESIDENT: tl.constexpr, ALIGNED: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """E of every token, the weights before every block, and the states that are returned: 1 the last, 2 checkpoints.
 
@@ -128,13 +131,11 @@ def learn(
 
     i, d = tl.arange(0, ROWS), tl.arange(0, D)
     w, w_b = load_affine(gain, long(gh, False), shift, long(sh, False), head, d, WIDTH)
-    squared, tau = w * w, last_rate(scale, CHUNK)
-    # c stands in every row: what products with K start from, and what rows of ones times E add to.
-    bias0 += n * long(c0n, False) + head * long(c0h, False)
-    bias = tl.zeros((ROWS, D), tl.float32) + load_row(bias0, d, WIDTH)[None, :]
+    tau = last_rate(scale, CHUNK)
+    bias = load_row(bias0 + n * long(c0n, False) + head * long(c0h, False), d, WIDTH)
     weight0 += n * long(w0n, ALIGNED) + head * long(w0h, ALIGNED)
     if RESIDENT:
-        weight = load_tile(weight0, long(w0r, ALIGNED), d, d, WIDTH, WIDTH).to(tl.float32)
+        weight = load_columns(weight0, long(w0r, ALIGNED), d, d, WIDTH, WIDTH).to(tl.float32)
     else:
         work += unit * WIDTH * WIDTH
         copy(weight0, 0, long(w0r, ALIGNED), work, WIDTH, D, SLICE)
@@ -148,108 +149,119 @@ def learn(
 
     t, place, blocks = tl.zeros_like(first), begun, tl.zeros_like(first)
     rows = cut(t, place, length, CHUNK, ROWS, EVERY)
-    last_t = t
-    keys, values = load_tile(k, kt, i, d, rows, WIDTH), load_tile(v, vt, i, d, rows, WIDTH)
+    last_t, joined = t, rows * 0
+    keys, values = load_columns(k, kt, i, d, rows, WIDTH), load_columns(v, vt, i, d, rows, WIDTH)
     strengths = tl.load(beta + i * long(bt, False), mask=i < rows, other=0.0).to(tl.float32)
     while t < length:
         mu, _ = mini_batch(place, i, CHUNK)
         end = place + rows
         carried = (place > 0) | (t == 0)
         index = (slot * heads + head) * WIDTH
+        opens = blocks % JOIN == 0
         if head == 0:
-            tl.store(table + slot * 4, n)
-            tl.store(table + slot * 4 + 1, t)
-            tl.store(table + slot * 4 + 2, rows)
-            tl.store(table + slot * 4 + 3, place)
+            if opens:
+                tl.store(table + slot * 4, n)
+                tl.store(table + slot * 4 + 1, t)
+                tl.store(table + slot * 4 + 3, place)
+            joined = tl.where(opens, rows, joined + rows)
+            tl.store(table + slot * 4 + 2, joined)
         # The next block is on its way while this one is at work.
         at_t, at_place, at_rows = t + rows, end % CHUNK, cut(t + rows, end % CHUNK, length, CHUNK, ROWS, EVERY)
-        next_keys = load_tile(k + at_t * kt, kt, i, d, at_rows, WIDTH)
-        next_values = load_tile(v + at_t * vt, vt, i, d, at_rows, WIDTH)
+        next_keys = load_columns(k + at_t * kt, kt, i, d, at_rows, WIDTH)
+        next_values = load_columns(v + at_t * vt, vt, i, d, at_rows, WIDTH)
         next_beta = beta + (at_t + i) * long(bt, False)
         next_strengths = tl.load(next_beta, mask=i < at_rows, other=0.0).to(tl.float32)
 
-        store_tile(biases + index, 0, i, d, 1, bias, WIDTH)
-        key = keys.to(OPERAND)
+        # What does not wait for W: how blocks of mini-batches feel each other, and where the norm is pulled.
+        weigh = add_dot(tl.zeros((ROWS, ROWS), tl.float32) + 1.0, tl.trans(keys), keys, PRECISION)
+        weigh *= tl.where(mu[:, None] < mu[None, :], -tau, 0.0)
+        pull = w[:, None] * (w_b[:, None] - (values.to(tl.float32) - keys.to(tl.float32)))
+        pull = centre_columns(pull, d, WIDTH, D)
+        if opens:
+            store_row(biases + index, d, bias, WIDTH)
+
         target = weights + index * WIDTH
+        z = tl.zeros((D, ROWS), tl.float32) + bias[:, None]
         if RESIDENT:
-            operand = weight.to(OPERAND)
-            store_tile(target, WIDTH, d, d, WIDTH, operand, WIDTH)
-            z = tl.dot(key, operand, bias, input_precision=PRECISION)
+            if opens:
+                store_columns(target, WIDTH, d, d, WIDTH, weight, WIDTH)
+            z = add_dot(z, weight, keys, PRECISION)
         else:
-            z = bias
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
-                operand = load_tile(work, WIDTH, s, d, WIDTH, WIDTH).to(OPERAND)
-                store_tile(target, WIDTH, s, d, WIDTH, operand, WIDTH)
-                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH).to(OPERAND)
-                z = tl.dot(part, operand, z, input_precision=PRECISION)
+                tile = load_columns(work, WIDTH, s, d, WIDTH, WIDTH)
+                if opens:
+                    store_columns(target, WIDTH, s, d, WIDTH, tile, WIDTH)
+                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH)
+                z = add_dot(z, tile, tl.trans(part), PRECISION)
         if carried & (end > CHUNK):
-            product = tl.zeros((ROWS, D), tl.float32) + load_row(bias_sums, d, WIDTH)[None, :]
-            product = add_product(
-                product, k + t * kt, kt, sums, WIDTH, 1, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION
-            )  # fmt: skip
-            z -= tl.where(mu > 0, tau, 0.0)[:, None] * product
+            product = tl.zeros((D, ROWS), tl.float32) + load_row(bias_sums, d, WIDTH)[:, None]
+            for start in range(0, WIDTH, SLICE):
+                s = start + tl.arange(0, SLICE)
+                tile = load_columns(sums, WIDTH, s, d, WIDTH, WIDTH)
+                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH)
+                product = add_dot(product, tile, tl.trans(part), PRECISION)
+            z -= tl.where(mu > 0, tau, 0.0)[None, :] * product
 
-        weigh = tl.dot(key, tl.trans(key), input_precision=PRECISION) + 1.0
-        weigh = (weigh * earlier(mu, -tau)).to(OPERAND)
-        pull = w[None, :] * (w_b[None, :] - (values.to(tl.float32) - keys.to(tl.float32)))
-        rate = tl.where(completed(mu, end, CHUNK), 1.0 if PRECISION == "ieee" else -tau, 0.0)
+        # E has no mean, so that Z keeps its own.
+        z = centre_columns(z, d, WIDTH, D)
         batch = tl.zeros_like(place).to(tl.int32)
         while (batch + 1) * CHUNK < end:
-            write, x, inverse = inner_gradient(z, squared, pull, strengths, d, WIDTH, D)
-            felt = tl.where((mu == batch)[None, :], weigh, 0.0)
-            z = tl.dot(felt, write.to(OPERAND), z, input_precision=PRECISION)
+            write, inverse = column_gradient(z, w, pull, strengths, gain, d, WIDTH, D, PRECISION)
+            felt = tl.where((mu == batch)[:, None], weigh, 0.0)
+            z = add_dot(z, write, felt, PRECISION)
             batch += 1
-        write, x, inverse = inner_gradient(z, squared, pull, strengths, d, WIDTH, D)
+        write, inverse = column_gradient(z, w, pull, strengths, gain, d, WIDTH, D, PRECISION)
 
         token = out + t * heads
-        learned = write.to(OPERAND)
-        ones = (tl.zeros((ROWS, ROWS), tl.float32) + rate[None, :]).to(OPERAND)
-        bias = _learn_from(bias, ones, learned, tau, PRECISION)
+        done = completed(mu, end, CHUNK)
+        learned = write * tl.where(done, 1.0 if PRECISION == "ieee" else -tau, 0.0)[None, :]
+        if PRECISION == "ieee":
+            bias -= tau * tl.sum(learned, 1)
+        else:
+            bias += tl.sum(learned, 1)
         if RESIDENT:
-            key = (keys.to(tl.float32) * rate[:, None]).to(OPERAND)
-            weight = _learn_from(weight, tl.trans(key), learned, tau, PRECISION)
+            weight = _learn_from(weight, learned, tl.trans(keys), tau, PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
-                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH).to(tl.float32)
-                part = (part * rate[:, None]).to(OPERAND)
-                tile = load_tile(work, WIDTH, s, d, WIDTH, WIDTH)
-                tile = _learn_from(tile, tl.trans(part), learned, tau, PRECISION)
+                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH)
+                tile = load_columns(work, WIDTH, s, d, WIDTH, WIDTH)
+                tile = _learn_from(tile, learned, part, tau, PRECISION)
                 if carried & (end >= CHUNK):
-                    tile -= tau * load_tile(sums, WIDTH, s, d, WIDTH, WIDTH)
-                store_tile(work, WIDTH, s, d, WIDTH, tile, WIDTH)
+                    tile -= tau * load_columns(sums, WIDTH, s, d, WIDTH, WIDTH)
+                store_columns(work, WIDTH, s, d, WIDTH, tile, WIDTH)
             tl.debug_barrier()
-        store_tile(write_ + token * WIDTH, out_row, i, d, rows, learned, WIDTH)
+        store_columns(write_ + token * WIDTH, out_row, i, d, rows, write, WIDTH)
         if x_ is not None:
-            store_tile(x_ + token * WIDTH, out_row, i, d, rows, x, WIDTH)
+            store_columns(x_ + token * WIDTH, out_row, i, d, rows, z * inverse[None, :], WIDTH)
             tl.store(inverse_ + token + i * heads, inverse, mask=i < rows)
         if carried & (end >= CHUNK):
             if RESIDENT:
-                weight -= tau * load_tile(sums, WIDTH, d, d, WIDTH, WIDTH)
-            bias -= tau * load_row(bias_sums, d, WIDTH)[None, :]
+                weight -= tau * load_columns(sums, WIDTH, d, d, WIDTH, WIDTH)
+            bias -= tau * load_row(bias_sums, d, WIDTH)
 
         if CARRY:
             onward = carried & (end < CHUNK)
-            rest = tl.where(completed(mu, end, CHUNK)[:, None], 0.0, write).to(OPERAND)
+            rest = tl.where(done[None, :], 0.0, write)
             if weight2 is not None:  # a constant, which must hold before EVERY divides
                 if at_t % EVERY == 0:
                     index = ((mark + at_t // EVERY - 1) * heads + head) * WIDTH
                     if RESIDENT:
-                        store_tile(weight2 + index * WIDTH, WIDTH, d, d, WIDTH, weight, WIDTH)
+                        store_columns(weight2 + index * WIDTH, WIDTH, d, d, WIDTH, weight, WIDTH)
                     else:
                         copy(work, 0, WIDTH, weight2 + index * WIDTH, WIDTH, D, SLICE)
-                    store_tile(bias2 + index, 0, i, d, 1, bias, WIDTH)
+                    store_row(bias2 + index, d, bias, WIDTH)
                     _deposit(
                         sums, bias_sums, onward, k + t * kt, kt, rest, i, rows, weight_sum2 + index * WIDTH,
-                        bias_sum2 + index, WIDTH, D, SLICE, OPERAND, PRECISION,
+                        bias_sum2 + index, WIDTH, D, SLICE, PRECISION,
                     )  # fmt: skip
                     if head == 0:
                         tl.store(phase2 + mark + at_t // EVERY - 1, at_place.to(tl.int32))
             if (at_place > 0) & (at_t < length):
                 _deposit(
                     sums, bias_sums, onward, k + t * kt, kt, rest, i, rows, sums + heads * WIDTH * WIDTH,
-                    bias_sums + heads * WIDTH, WIDTH, D, SLICE, OPERAND, PRECISION,
+                    bias_sums + heads * WIDTH, WIDTH, D, SLICE, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
             sums += heads * WIDTH * WIDTH
@@ -257,17 +269,18 @@ def learn(
         keys, values, strengths = next_keys, next_values, next_strengths
         # Not `last_t = t`: Triton 3.6 then takes last_t for a constant, that of before the loop.
         last_t = tl.maximum(last_t, t)
-        t, place, rows, slot, blocks = at_t, at_place, at_rows, slot + 1, blocks + 1
+        t, place, rows, blocks = at_t, at_place, at_rows, blocks + 1
+        slot += tl.where(blocks % JOIN == 0, 1, 0)
 
     if head == 0:
         tl.store(counts + n, blocks)
     if weight1 is not None:
         index = unit * WIDTH
         if RESIDENT:
-            store_tile(weight1 + index * WIDTH, WIDTH, d, d, WIDTH, weight, WIDTH)
+            store_columns(weight1 + index * WIDTH, WIDTH, d, d, WIDTH, weight, WIDTH)
         else:
             copy(work, 0, WIDTH, weight1 + index * WIDTH, WIDTH, D, SLICE)
-        store_tile(bias1 + index, 0, i, d, 1, bias, WIDTH)
+        store_row(bias1 + index, d, bias, WIDTH)
         if head == 0:
             tl.store(phase1 + n, place.to(tl.int32))
         # The last block's E comes back from memory, which keeps all this out of the loop.
@@ -279,12 +292,12 @@ def learn(
         last_rows, last_place = length - last_t, (begun + last_t) % CHUNK
         end = last_place + last_rows
         mu, _ = mini_batch(last_place, i, CHUNK)
-        write = load_tile(write_ + (out + last_t * heads) * WIDTH, out_row, i, d, last_rows, WIDTH)
-        rest = tl.where(completed(mu, end, CHUNK)[:, None], 0.0, write).to(OPERAND)
+        write = load_columns(write_ + (out + last_t * heads) * WIDTH, out_row, i, d, last_rows, WIDTH).to(tl.float32)
+        rest = tl.where(completed(mu, end, CHUNK)[None, :], 0.0, write)
         onward = ((last_place > 0) | (last_t == 0)) & (end < CHUNK) | (blocks == 0)
         _deposit(
             sums, bias_sums, onward, k + last_t * kt, kt, rest, i, last_rows, weight_sum1 + index * WIDTH,
-            bias_sum1 + index, WIDTH, D, SLICE, OPERAND, PRECISION,
+            bias_sum1 + index, WIDTH, D, SLICE, PRECISION,
         )  # fmt: skip
 
 
@@ -296,7 +309,7 @@ def read(
     q, qb, qt, qh, k, kb, kt, kh, gain, gh, shift, sh, scale, offsets, tokens, heads, group,
     table, weights, sums, biases, bias_sums, write_, y,
     WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    CARRY: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    CARRY: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of one block, from E and the weights before it."""
     slot, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -317,17 +330,17 @@ def read(
     rate, tau = load_rate(scale, pi, CHUNK), last_rate(scale, CHUNK)
 
     seen = tl.zeros((ROWS, D), tl.float32) + load_row(biases + index, d, WIDTH)[None, :]
-    seen = add_product(seen, q, qt, weights + index * WIDTH, WIDTH, 1, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
+    seen = add_product(seen, q, qt, weights + index * WIDTH, WIDTH, 1, i, rows, WIDTH, D, SLICE, PRECISION)
     if (place > 0) | (t == 0):
         at = slot if CARRY else n
         part = tl.zeros((ROWS, D), tl.float32) + load_row(bias_sums + (at * heads + head) * WIDTH, d, WIDTH)[None, :]
         matrix = sums + (at * heads + head) * WIDTH * WIDTH
-        part = add_product(part, q, qt, matrix, WIDTH, 1, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
+        part = add_product(part, q, qt, matrix, WIDTH, 1, i, rows, WIDTH, D, SLICE, PRECISION)
         seen -= tl.where(mu > 0, tau, rate)[:, None] * part
-    weigh = scores(q, qt, k, kt, i, rows, WIDTH, ROWS, SLICE, OPERAND, PRECISION) + 1.0
+    weigh = scores(q, qt, k, kt, i, rows, WIDTH, ROWS, SLICE, PRECISION) + 1.0
     weigh *= earlier(mu, -tau) - tl.where(same(mu, i), rate[:, None], 0.0)
     write = load_tile(write_ + out, out_row, i, d, rows, WIDTH)
-    seen = tl.dot(weigh.to(OPERAND), write, seen, input_precision=PRECISION)
+    seen = add_dot(seen, weigh, write, PRECISION)
 
     x, _ = standardise(seen, d, WIDTH, D)
     w, w_b = load_affine(gain, long(gh, False), shift, long(sh, False), head, d, WIDTH)
@@ -361,7 +374,7 @@ def _run_learn(
             x["offsets"], first_marks(problem, x["offsets"]), s.T, s.H, s.H // s.G, at.spacing,
             found.table, found.counts, work, found.weights, found.sums, found.biases, found.bias_sums, found.write,
             *kept, *(out.get(f"{where}.{name}") for where in ("final", "checkpoint") for name in _FIELDS),
-            **at.constants, EVERY=problem.flags.checkpoint_every, RESIDENT=at.resident, **at.launch,
+            **at.constants, EVERY=problem.flags.checkpoint_every, RESIDENT=at.resident, JOIN=at.join, **at.launch,
         )  # fmt: skip
     return found
 
@@ -378,7 +391,7 @@ def _run_read(problem: Problem, at: Layout, x: Arrays, found: Scratch, y: Array)
         *place(dense(x.get("norm_weight")), 0), *place(dense(x.get("norm_bias")), 0), dense(x.get("token_scale")),
         x["offsets"], s.T, s.H, s.H // s.G,
         found.table, found.weights, found.sums, found.biases, found.bias_sums, found.write, y,
-        **at.constants, **at.launch,
+        **(at.constants | {"ROWS": at.join * at.constants["ROWS"]}), **at.launch,
     )  # fmt: skip
 
 
@@ -395,13 +408,10 @@ class TTTChunk(TritonKernel):
         return Support.yes()
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
-        """Rows of a block, of one mini-batch or of several."""
-        width, chunk = problem.widths[2], problem.option["chunk_size"]
-        most = 16 if multiplied(problem, adjoint=False) == "ieee" else 32
-        rows = 16 if chunk < SHORTEST else most
-        best = rows, 4 if width <= 64 else 8
-        others = ((rows, warps) for rows in (16, 32, 64) for warps in (4, 8) if rows <= most and (rows, warps) != best)
-        return tuple({"rows": rows, "num_warps": warps, "num_stages": 1} for rows, warps in (best, *others))
+        """Rows of a block, of one mini-batch or of several; longer blocks were slower on an H200."""
+        rows = 16 if multiplied(problem, adjoint=False) == "ieee" else 32
+        warps = (4, 8) if problem.widths[2] <= 64 else (8, 4)
+        return tuple({"rows": rows, "num_warps": n, "num_stages": 1} for n in warps)
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""

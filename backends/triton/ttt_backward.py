@@ -38,23 +38,28 @@ from .kernel import dense, first_marks, gather, place, spread
 from .ttt_rows import (
     Layout,
     Scratch,
+    add_dot,
     add_product,
+    approach,
+    centre_columns,
+    column_adjoint,
     completed,
     copy,
     earlier,
     first_slot,
     last_rate,
     load_affine,
+    load_columns,
     load_rate,
     load_row,
     load_tile,
     long,
     mini_batch,
     project,
-    pull_gradient,
     same,
     scores,
     standardise,
+    store_columns,
     store_row,
     store_tile,
 )
@@ -65,7 +70,7 @@ def read_back(
     q, qb, qt, qh, k, kb, kt, kh, gain, gh, scale, dy, yb, yt, yh, offsets, tokens, heads, group,
     table, weights, sums, biases, bias_sums, write_, dread_, dwrite_, daffine, dplaces, dtaus,
     WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    CARRY: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    CARRY: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dZ̄ and dE₀ of one block, and what dy sends to w, w_b and the rates."""
     slot, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -91,18 +96,19 @@ def read_back(
     # Z̄ again, as in ``read``, in the parts that the rates multiply, whose gradients nearly cancel: here too.
     seen = tl.zeros((ROWS, D), tl.float32) + load_row(biases + index, d, WIDTH)[None, :]
     weights += index * WIDTH
-    seen = add_product(seen, q, qt, weights, WIDTH, 1, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
+    seen = add_product(seen, q, qt, weights, WIDTH, 1, i, rows, WIDTH, D, SLICE, PRECISION)
     carried = (place > 0) | (t == 0)
     before = tl.zeros((ROWS, D), tl.float32)
     if carried:
         at = slot if CARRY else n
         before += load_row(bias_sums + (at * heads + head) * WIDTH, d, WIDTH)[None, :]
         matrix = sums + (at * heads + head) * WIDTH * WIDTH
-        before = add_product(before, q, qt, matrix, WIDTH, 1, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
-    weigh = scores(q, qt, k, kt, i, rows, WIDTH, ROWS, SLICE, OPERAND, PRECISION) + 1.0
+        before = add_product(before, q, qt, matrix, WIDTH, 1, i, rows, WIDTH, D, SLICE, PRECISION)
+    weigh = scores(q, qt, k, kt, i, rows, WIDTH, ROWS, SLICE, PRECISION) + 1.0
     write = load_tile(write_ + out, out_row, i, d, rows, WIDTH)
-    within = tl.dot((weigh * tl.where(same(mu, i), 1.0, 0.0)).to(OPERAND), write, input_precision=PRECISION)
-    across = tl.dot((weigh * earlier(mu, 1.0)).to(OPERAND), write, input_precision=PRECISION)
+    nothing = tl.zeros((ROWS, D), tl.float32)
+    within = add_dot(nothing, weigh * tl.where(same(mu, i), 1.0, 0.0), write, PRECISION)
+    across = add_dot(nothing, weigh * earlier(mu, 1.0), write, PRECISION)
     within += tl.where(mu > 0, 0.0, 1.0)[:, None] * before
     across += tl.where(mu > 0, 1.0, 0.0)[:, None] * before
     seen -= rate[:, None] * within + tau * across
@@ -120,10 +126,10 @@ def read_back(
         tl.store(dplaces + (slot * heads + head) * ROWS + i, -tl.sum(dread * within, 1))
         tl.store(dtaus + (slot * heads + head) * 2, -tl.sum(tl.sum(dread * across, 1), 0))
 
-    weigh = scores(k, kt, q, qt, i, rows, WIDTH, ROWS, SLICE, OPERAND, PRECISION) + 1.0
+    weigh = scores(k, kt, q, qt, i, rows, WIDTH, ROWS, SLICE, PRECISION) + 1.0
     past = tl.where(mu[:, None] < mu[None, :], tau, 0.0)
     present = tl.where((mu[:, None] == mu[None, :]) & (i[:, None] <= i[None, :]), rate[None, :], 0.0)
-    dwrite = tl.dot((weigh * -(past + present)).to(OPERAND), dread.to(OPERAND), input_precision=PRECISION)
+    dwrite = add_dot(nothing, weigh * -(past + present), dread, PRECISION)
     store_tile(dwrite_ + out, out_row, i, d, rows, dwrite, WIDTH)
 
 
@@ -140,7 +146,7 @@ def learn_back(
     dweight0, dweight_sum0, dbias0, dbias_sum0,
     WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     EVERY: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr, RESIDENT: tl.constexpr, ALIGNED: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dZ of every token, dE in place of dE₀, and the gradients of the state behind every block and of the first.
 
@@ -165,12 +171,12 @@ def learn_back(
 
     i, d = tl.arange(0, ROWS), tl.arange(0, D)
     w, w_b = load_affine(gain, long(gh, False), shift, long(sh, False), head, d, WIDTH)
-    squared, tau = w * w, last_rate(scale, CHUNK)
+    tau = last_rate(scale, CHUNK)
     size: tl.constexpr = WIDTH * WIDTH
     if RESIDENT:
         dweight = tl.zeros((D, D), tl.float32)
         if dweight1 is not None:
-            dweight = load_tile(dweight1 + unit * size, WIDTH, d, d, WIDTH, WIDTH).to(tl.float32)
+            dweight = load_columns(dweight1 + unit * size, WIDTH, d, d, WIDTH, WIDTH).to(tl.float32)
     else:
         work += unit * size
         copy(dweight1, unit * size, WIDTH, work, WIDTH, D, SLICE)
@@ -193,20 +199,35 @@ def learn_back(
         done = completed(mu, end, CHUNK)
         index = (slot * heads + head) * WIDTH
         token = out + t * heads
-        keys = load_tile(k + t * kt, kt, i, d, rows, WIDTH)
-        queries = load_tile(q + t * qt, qt, i, d, rows, WIDTH).to(OPERAND)
-        values = load_tile(v + t * vt, vt, i, d, rows, WIDTH)
+        keys = load_columns(k + t * kt, kt, i, d, rows, WIDTH)
+        queries = load_columns(q + t * qt, qt, i, d, rows, WIDTH)
+        values = load_columns(v + t * vt, vt, i, d, rows, WIDTH)
         strengths = tl.load(beta + (t + i) * long(bt, False), mask=i < rows, other=0.0).to(tl.float32)
-        x = load_tile(x_ + token * WIDTH, out_row, i, d, rows, WIDTH).to(tl.float32)
+        x = load_columns(x_ + token * WIDTH, out_row, i, d, rows, WIDTH)
         inverse = tl.load(inverse_ + token + i * heads, mask=i < rows, other=0.0)
-        dread = load_tile(dread_ + token * WIDTH, out_row, i, d, rows, WIDTH)
-        dwrite = load_tile(dwrite_ + token * WIDTH, out_row, i, d, rows, WIDTH).to(tl.float32)
+        dread = load_columns(dread_ + token * WIDTH, out_row, i, d, rows, WIDTH)
+        dwrite = load_columns(dwrite_ + token * WIDTH, out_row, i, d, rows, WIDTH)
+
+        behind = tl.minimum(i + 1, t)
+        approach(k + t * kt, kt, behind, D)
+        approach(q + t * qt, qt, behind, D)
+        approach(v + t * vt, vt, behind, D)
+        approach(x_ + token * WIDTH, out_row, behind, D)
+        approach(dread_ + token * WIDTH, out_row, behind, D)
+        approach(dwrite_ + token * WIDTH, out_row, behind, D)
+
+        # What does not wait for dW.
+        weigh = add_dot(tl.zeros((ROWS, ROWS), tl.float32) + 1.0, tl.trans(keys), keys, PRECISION)
+        weigh *= tl.where(mu[:, None] > mu[None, :], -tau, 0.0)
+        h = (w * w)[:, None] * x + w[:, None] * (w_b[:, None] - (values.to(tl.float32) - keys.to(tl.float32)))
+        h = centre_columns(h, d, WIDTH, D)
+        level = tl.sum(h * x, 0) * (1.0 / WIDTH)
 
         if dweight2 is not None:  # a constant, which must hold before EVERY divides
             if (t + rows) % EVERY == 0:
                 here = (mark + (t + rows) // EVERY - 1) * heads + head
                 if RESIDENT:
-                    dweight += load_tile(dweight2 + here * size, WIDTH, d, d, WIDTH, WIDTH)
+                    dweight += load_columns(dweight2 + here * size, WIDTH, d, d, WIDTH, WIDTH)
                 else:
                     _accumulate(dweight2 + here * size, work, WIDTH, D, SLICE)
                 dbias += load_row(dbias2 + here * WIDTH, d, WIDTH)
@@ -216,56 +237,54 @@ def learn_back(
         dbias_sum = tl.where(end % CHUNK > 0, dbias_sum, 0.0)
         store_row(dbiases + index, d, dbias, WIDTH)
 
-        key = keys.to(OPERAND)
         target = dweights + index * WIDTH
+        flow = tl.zeros((D, ROWS), tl.float32) + dbias[:, None]
         if RESIDENT:
-            operand = dweight.to(OPERAND)
-            store_tile(target, WIDTH, d, d, WIDTH, operand, WIDTH)
-            flow = tl.dot(key, operand, input_precision=PRECISION)
+            store_columns(target, WIDTH, d, d, WIDTH, dweight, WIDTH)
+            flow = add_dot(flow, dweight, keys, PRECISION)
         else:
-            flow = tl.zeros((ROWS, D), tl.float32)
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
-                operand = load_tile(work, WIDTH, s, d, WIDTH, WIDTH).to(OPERAND)
-                store_tile(target, WIDTH, s, d, WIDTH, operand, WIDTH)
-                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH).to(OPERAND)
-                flow = tl.dot(part, operand, flow, input_precision=PRECISION)
-        dwrite += tl.where(done, -tau, 0.0)[:, None] * (flow + dbias[None, :])
+                tile = load_columns(work, WIDTH, s, d, WIDTH, WIDTH)
+                store_columns(target, WIDTH, s, d, WIDTH, tile, WIDTH)
+                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH)
+                flow = add_dot(flow, tile, tl.trans(part), PRECISION)
+        dwrite += tl.where(done, -tau, 0.0)[None, :] * flow
         if end % CHUNK > 0:
-            flow = tl.zeros((ROWS, D), tl.float32) + dbias_sum[None, :]
-            flow = add_product(flow, k + t * kt, kt, dsums, WIDTH, 1, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
-            dwrite += tl.where(done, 0.0, 1.0)[:, None] * flow
+            flow = tl.zeros((D, ROWS), tl.float32) + dbias_sum[:, None]
+            for start in range(0, WIDTH, SLICE):
+                s = start + tl.arange(0, SLICE)
+                tile = load_columns(dsums, WIDTH, s, d, WIDTH, WIDTH)
+                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH)
+                flow = add_dot(flow, tile, tl.trans(part), PRECISION)
+            dwrite += tl.where(done, 0.0, 1.0)[None, :] * flow
 
-        weigh = tl.dot(key, tl.trans(key), input_precision=PRECISION) + 1.0
-        weigh = (weigh * tl.where(mu[:, None] < mu[None, :], -tau, 0.0)).to(OPERAND)
-        h = squared[None, :] * x + w[None, :] * (w_b[None, :] - (values.to(tl.float32) - keys.to(tl.float32)))
         batch = ((end - 1) // CHUNK).to(tl.int32)
         while batch > 0:
-            dz = pull_gradient(dwrite, h, x, squared, strengths, inverse, d, WIDTH, D)
-            felt = tl.where((mu == batch)[None, :], weigh, 0.0)
-            dwrite = tl.dot(felt, dz.to(OPERAND), dwrite, input_precision=PRECISION)
+            dz = column_adjoint(dwrite, h, x, level, w, gain, strengths, inverse, d, WIDTH, D)
+            felt = tl.where((mu == batch)[:, None], weigh, 0.0)
+            dwrite = add_dot(dwrite, dz, felt, PRECISION)
             batch -= 1
-        dz = pull_gradient(dwrite, h, x, squared, strengths, inverse, d, WIDTH, D)
-        store_tile(dz_ + token * WIDTH, out_row, i, d, rows, dz, WIDTH)
-        store_tile(dwrite_ + token * WIDTH, out_row, i, d, rows, dwrite, WIDTH)
+        dz = column_adjoint(dwrite, h, x, level, w, gain, strengths, inverse, d, WIDTH, D)
+        store_columns(dz_ + token * WIDTH, out_row, i, d, rows, dz, WIDTH)
+        store_columns(dwrite_ + token * WIDTH, out_row, i, d, rows, dwrite, WIDTH)
 
         carried = (place > 0) | (t == 0)
         if carried:
-            key_part = tl.where(mu > 0, -tau, 0.0)[:, None] * dz
+            key_part = tl.where(mu > 0, -tau, 0.0)[None, :] * dz
             rate = load_rate(scale, pi, CHUNK)
-            query_part = tl.where(mu > 0, -tau, -rate)[:, None] * dread.to(tl.float32)
+            query_part = tl.where(mu > 0, -tau, -rate)[None, :] * dread
             ends = end >= CHUNK
-            before = tl.sum(key_part + query_part, 0) + tl.where(ends, -tau * dbias, dbias_sum)
-            key_operand, query_operand = key_part.to(OPERAND), query_part.to(OPERAND)
+            before = tl.sum(key_part + query_part, 1) + tl.where(ends, -tau * dbias, dbias_sum)
             if dweight_sum0 is not None and t == 0:
                 _before(
-                    k + t * kt, kt, key_operand, q + t * qt, qt, query_operand, i, rows, ends, tau, target, dsums,
-                    dweight_sum0 + unit * size, WIDTH, D, SLICE, OPERAND, PRECISION,
+                    k + t * kt, kt, key_part, q + t * qt, qt, query_part, i, rows, ends, tau, target, dsums,
+                    dweight_sum0 + unit * size, WIDTH, D, SLICE, PRECISION,
                 )  # fmt: skip
             if CARRY and t > 0:
                 _before(
-                    k + t * kt, kt, key_operand, q + t * qt, qt, query_operand, i, rows, ends, tau, target, dsums,
-                    dsums - heads * size, WIDTH, D, SLICE, OPERAND, PRECISION,
+                    k + t * kt, kt, key_part, q + t * qt, qt, query_part, i, rows, ends, tau, target, dsums,
+                    dsums - heads * size, WIDTH, D, SLICE, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
         else:
@@ -274,25 +293,25 @@ def learn_back(
         if CARRY:
             dsums -= heads * size
 
-        dbias += tl.sum(dz + dread.to(tl.float32), 0)
+        dbias += tl.sum(dz + dread, 1)
         if RESIDENT:
-            dweight = tl.dot(tl.trans(key), dz.to(OPERAND), dweight, input_precision=PRECISION)
-            dweight = tl.dot(tl.trans(queries), dread, dweight, input_precision=PRECISION)
+            dweight = add_dot(dweight, dz, tl.trans(keys), PRECISION)
+            dweight = add_dot(dweight, dread, tl.trans(queries), PRECISION)
         else:
             for start in range(0, WIDTH, SLICE):
                 s = start + tl.arange(0, SLICE)
-                tile = load_tile(work, WIDTH, s, d, WIDTH, WIDTH)
-                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH).to(OPERAND)
-                tile = tl.dot(tl.trans(part), dz.to(OPERAND), tile, input_precision=PRECISION)
-                part = load_tile(q + t * qt, qt, i, s, rows, WIDTH).to(OPERAND)
-                tile = tl.dot(tl.trans(part), dread, tile, input_precision=PRECISION)
-                store_tile(work, WIDTH, s, d, WIDTH, tile, WIDTH)
+                tile = load_columns(work, WIDTH, s, d, WIDTH, WIDTH)
+                part = load_tile(k + t * kt, kt, i, s, rows, WIDTH)
+                tile = add_dot(tile, dz, part, PRECISION)
+                part = load_tile(q + t * qt, qt, i, s, rows, WIDTH)
+                tile = add_dot(tile, dread, part, PRECISION)
+                store_columns(work, WIDTH, s, d, WIDTH, tile, WIDTH)
             tl.debug_barrier()
         slot -= 1
 
     if dweight0 is not None:
         if RESIDENT:
-            store_tile(dweight0 + unit * size, WIDTH, d, d, WIDTH, dweight, WIDTH)
+            store_columns(dweight0 + unit * size, WIDTH, d, d, WIDTH, dweight, WIDTH)
         else:
             copy(work, 0, WIDTH, dweight0 + unit * size, WIDTH, D, SLICE)
         store_row(dbias0 + unit * WIDTH, d, dbias, WIDTH)
@@ -311,7 +330,7 @@ def _accumulate(source, target, WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.
 
 @triton.jit
 def _before(k, kt, key_part, q, qt, query_part, i, rows, ends, tau, dweight, dsums, target,
-            WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, OPERAND: tl.constexpr,
+            WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """dA before a block, from dW and dA behind it."""
     d = tl.arange(0, D)
@@ -319,14 +338,14 @@ def _before(k, kt, key_part, q, qt, query_part, i, rows, ends, tau, dweight, dsu
     for start in range(0, WIDTH, SLICE):
         s = start + tl.arange(0, SLICE)
         if ends:
-            tile = -tau * load_tile(dweight, WIDTH, s, d, WIDTH, WIDTH).to(tl.float32)
+            tile = -tau * load_columns(dweight, WIDTH, s, d, WIDTH, WIDTH).to(tl.float32)
         else:
-            tile = load_tile(dsums, WIDTH, s, d, WIDTH, WIDTH)
-        part = load_tile(k, kt, i, s, rows, WIDTH).to(OPERAND)
-        tile = tl.dot(tl.trans(part), key_part, tile, input_precision=PRECISION)
-        part = load_tile(q, qt, i, s, rows, WIDTH).to(OPERAND)
-        tile = tl.dot(tl.trans(part), query_part, tile, input_precision=PRECISION)
-        store_tile(target, WIDTH, s, d, WIDTH, tile, WIDTH)
+            tile = load_columns(dsums, WIDTH, s, d, WIDTH, WIDTH)
+        part = load_tile(k, kt, i, s, rows, WIDTH)
+        tile = add_dot(tile, key_part, part, PRECISION)
+        part = load_tile(q, qt, i, s, rows, WIDTH)
+        tile = add_dot(tile, query_part, part, PRECISION)
+        store_columns(target, WIDTH, s, d, WIDTH, tile, WIDTH)
 
 
 _LENGTHS_INPUTS = ("tokens", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "bb", "bt", "bh", "yb", "yt", "yh",
@@ -340,7 +359,7 @@ def inputs_back(
     table, weights, sums, bias_sums, write_, x_, inverse_, dread_, dwrite_, dz_, dweights, dbiases, dsums,
     dq, dk, dv, dbeta, daffine, dtaus,
     WIDTH: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    CARRY: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    CARRY: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block's inputs, and what its inner gradients send to w, w_b and τ."""
     slot, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -395,64 +414,64 @@ def inputs_back(
     store_tile(dv + out, out_row, i, d, rows, -derror, WIDTH)
 
     # Products with W, A and with what flows into them.
-    dkeys = add_product(derror, dz_ + out, out_row, weights, 1, WIDTH, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
+    dkeys = add_product(derror, dz_ + out, out_row, weights, 1, WIDTH, i, rows, WIDTH, D, SLICE, PRECISION)
     flow = tl.zeros((ROWS, D), tl.float32)
     flow = add_product(
-        flow, write_ + out, out_row, dweights, 1, WIDTH, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION
+        flow, write_ + out, out_row, dweights, 1, WIDTH, i, rows, WIDTH, D, SLICE, PRECISION
     )  # fmt: skip
     dkeys += tl.where(done, -tau, 0.0)[:, None] * flow
     if goes_on:
         flow = tl.zeros((ROWS, D), tl.float32)
         flow = add_product(
-            flow, write_ + out, out_row, dsums, 1, WIDTH, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION
+            flow, write_ + out, out_row, dsums, 1, WIDTH, i, rows, WIDTH, D, SLICE, PRECISION
         )  # fmt: skip
         dkeys += tl.where(done, 0.0, 1.0)[:, None] * flow
     dqueries = load_tile(dy, yt, i, d, rows, WIDTH).to(tl.float32)
     dqueries = add_product(
-        dqueries, dread_ + out, out_row, weights, 1, WIDTH, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION
+        dqueries, dread_ + out, out_row, weights, 1, WIDTH, i, rows, WIDTH, D, SLICE, PRECISION
     )  # fmt: skip
     if carried:
         flow = tl.zeros((ROWS, D), tl.float32)
-        flow = add_product(flow, dz_ + out, out_row, sums, 1, WIDTH, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
+        flow = add_product(flow, dz_ + out, out_row, sums, 1, WIDTH, i, rows, WIDTH, D, SLICE, PRECISION)
         dkeys += tl.where(mu > 0, -tau, 0.0)[:, None] * flow
         flow = tl.zeros((ROWS, D), tl.float32)
         flow = add_product(
-            flow, dread_ + out, out_row, sums, 1, WIDTH, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION
+            flow, dread_ + out, out_row, sums, 1, WIDTH, i, rows, WIDTH, D, SLICE, PRECISION
         )  # fmt: skip
         dqueries -= tl.where(mu > 0, tau, rate)[:, None] * flow
 
     # Scores: what token i feels of j, and, transposed, of what feels it.
     feels = earlier(mu, -tau) - tl.where(same(mu, i), rate[:, None], 0.0)
-    dscores = scores(dread_ + out, out_row, write_ + out, out_row, i, rows, WIDTH, ROWS, SLICE, OPERAND, PRECISION)
-    dqueries = tl.dot((dscores * feels).to(OPERAND), keys.to(OPERAND), dqueries, input_precision=PRECISION)
+    dscores = scores(dread_ + out, out_row, write_ + out, out_row, i, rows, WIDTH, ROWS, SLICE, PRECISION)
+    dqueries = add_dot(dqueries, dscores * feels, keys, PRECISION)
     store_tile(dq + out, out_row, i, d, rows, dqueries, WIDTH)
     later = tl.where(mu[:, None] < mu[None, :], -tau, 0.0)
     felt = later - tl.where((mu[:, None] == mu[None, :]) & (i[:, None] <= i[None, :]), rate[None, :], 0.0)
-    dscores = scores(write_ + out, out_row, dread_ + out, out_row, i, rows, WIDTH, ROWS, SLICE, OPERAND, PRECISION)
-    queries = load_tile(q, qt, i, d, rows, WIDTH).to(OPERAND)
-    dkeys = tl.dot((dscores * felt).to(OPERAND), queries, dkeys, input_precision=PRECISION)
-    dscores = scores(dz_ + out, out_row, write_ + out, out_row, i, rows, WIDTH, ROWS, SLICE, OPERAND, PRECISION)
+    dscores = scores(write_ + out, out_row, dread_ + out, out_row, i, rows, WIDTH, ROWS, SLICE, PRECISION)
+    queries = load_tile(q, qt, i, d, rows, WIDTH)
+    dkeys = add_dot(dkeys, dscores * felt, queries, PRECISION)
+    dscores = scores(dz_ + out, out_row, write_ + out, out_row, i, rows, WIDTH, ROWS, SLICE, PRECISION)
     both = dscores * earlier(mu, -tau)
-    dscores = scores(write_ + out, out_row, dz_ + out, out_row, i, rows, WIDTH, ROWS, SLICE, OPERAND, PRECISION)
+    dscores = scores(write_ + out, out_row, dz_ + out, out_row, i, rows, WIDTH, ROWS, SLICE, PRECISION)
     both += dscores * later
-    dkeys = tl.dot(both.to(OPERAND), keys.to(OPERAND), dkeys, input_precision=PRECISION)
+    dkeys = add_dot(dkeys, both, keys, PRECISION)
     store_tile(dk + out, out_row, i, d, rows, dkeys, WIDTH)
 
     if dtaus is not None:
         write = load_tile(write_ + out, out_row, i, d, rows, WIDTH)
         dz = load_tile(dz_ + out, out_row, i, d, rows, WIDTH).to(tl.float32)
         # What Z took from the mini-batches before, and what W and c took from this block.
-        weigh = scores(k, kt, k, kt, i, rows, WIDTH, ROWS, SLICE, OPERAND, PRECISION) + 1.0
+        weigh = scores(k, kt, k, kt, i, rows, WIDTH, ROWS, SLICE, PRECISION) + 1.0
         # With the very operands of ``learn``: what is left of these sums once they cancel is small.
         times = tl.where(tau == 0.0, 1.0, -tau)
-        across = tl.dot((weigh * earlier(mu, times)).to(OPERAND), write, input_precision=PRECISION) / times
+        across = add_dot(tl.zeros((ROWS, D), tl.float32), weigh * earlier(mu, times), write, PRECISION) / times
         if carried:
             flow = tl.zeros((ROWS, D), tl.float32) + load_row(bias_sums, d, WIDTH)[None, :]
-            flow = add_product(flow, k, kt, sums, WIDTH, 1, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
+            flow = add_product(flow, k, kt, sums, WIDTH, 1, i, rows, WIDTH, D, SLICE, PRECISION)
             across += tl.where(mu > 0, 1.0, 0.0)[:, None] * flow
         dtau = -tl.sum(dz * across, 1)
         flow = tl.zeros((ROWS, D), tl.float32) + load_row(dbiases + index, d, WIDTH)[None, :]
-        flow = add_product(flow, k, kt, dweights, WIDTH, 1, i, rows, WIDTH, D, SLICE, OPERAND, PRECISION)
+        flow = add_product(flow, k, kt, dweights, WIDTH, 1, i, rows, WIDTH, D, SLICE, PRECISION)
         dtau -= tl.where(done, tl.sum(write.to(tl.float32) * flow, 1), 0.0)
         dtau = tl.sum(tl.where(i < rows, dtau, 0.0), 0)
         if carried & (end >= CHUNK):

@@ -26,12 +26,15 @@ from mixers.backend import Config
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from .kernel import block, dense, precision
+from .blocks import upper_bits
+from .kernel import INTERPRETED, block, dense, precision
 
 NORM_EPS = tl.constexpr(1e-6)
 
-# Mini-batches of fewer tokens take a block of rows, and digits, of their own.
-SHORTEST = 4
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# Mini-batches of fewer tokens want more digits.
+SHORTEST = 16
 
 
 @triton.jit
@@ -72,6 +75,30 @@ def store_tile(base, stride, i, d, rows, tile, WIDTH: tl.constexpr):
     """The other way round."""
     mask = (i < rows)[:, None] & (d < WIDTH)[None, :]
     tl.store(base + i[:, None] * stride + d[None, :], tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_columns(base, stride, i, d, rows, WIDTH: tl.constexpr):
+    """What ``load_tile`` loads, its rows as columns."""
+    return tl.load(base + i[None, :] * stride + d[:, None], mask=(i < rows)[None, :] & (d < WIDTH)[:, None], other=0.0)
+
+
+@triton.jit
+def store_columns(base, stride, i, d, rows, tile, WIDTH: tl.constexpr):
+    """The other way round."""
+    mask = (i < rows)[None, :] & (d < WIDTH)[:, None]
+    tl.store(base + i[None, :] * stride + d[:, None], tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def approach(base, stride, back, D: tl.constexpr):
+    """Ask for rows that will be loaded later, ``back`` before the base, so that they wait in the cache by then."""
+    if not _INTERPRETED:
+        line: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+        lines: tl.constexpr = max(D // line, 1)
+        at = base - back[:, None] * stride + (tl.arange(0, lines) * line)[None, :]
+        fetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(fetch, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -144,29 +171,51 @@ def copy(source, start, stride, target, WIDTH: tl.constexpr, D: tl.constexpr, SL
 
 
 @triton.jit
+def add_dot(sums, a, b, PRECISION: tl.constexpr):
+    """``sums + A B``. "parts" takes float32 matrices as sums of two in bfloat16; inputs in bfloat16 have one part."""
+    if PRECISION == "bf16":
+        sums = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
+    elif PRECISION == "parts":
+        # Bits are cut off, not rounded: rounding one number at a time is what a GPU does slowest.
+        left, right = a, b
+        if a.dtype != tl.bfloat16:
+            left = upper_bits(a, tl.bfloat16)
+        if b.dtype != tl.bfloat16:
+            right = upper_bits(b, tl.bfloat16)
+        sums = tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16), sums)
+        if a.dtype != tl.bfloat16:
+            sums = tl.dot((a - left).to(tl.bfloat16), right.to(tl.bfloat16), sums)
+        if b.dtype != tl.bfloat16:
+            sums = tl.dot(left.to(tl.bfloat16), (b - right).to(tl.bfloat16), sums)
+    else:
+        sums = tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def add_product(sums, x, stride, matrix, across, down, i, rows, WIDTH: tl.constexpr, D: tl.constexpr,
-                SLICE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                SLICE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``sums + X M``, X rows in memory and M a matrix in memory, element ``(r, s)`` at ``r·across + s·down``."""
     d = tl.arange(0, D)
     for start in range(0, WIDTH, SLICE):
         s = start + tl.arange(0, SLICE)
-        part = load_tile(x, stride, i, s, rows, WIDTH).to(OPERAND)
+        part = load_tile(x, stride, i, s, rows, WIDTH)
         mask = (s < WIDTH)[:, None] & (d < WIDTH)[None, :]
-        m = tl.load(matrix + s[:, None] * across + d[None, :] * down, mask=mask, other=0.0).to(OPERAND)
-        sums = tl.dot(part, m, sums, input_precision=PRECISION)
+        m = tl.load(matrix + s[:, None] * across + d[None, :] * down, mask=mask, other=0.0)
+        sums = add_dot(sums, part, m, PRECISION)
     return sums
 
 
 @triton.jit
 def scores(x, x_stride, y, y_stride, i, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr,
-           OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           PRECISION: tl.constexpr):  # fmt: skip
     """``X Yᵀ`` of rows in memory."""
     sums = tl.zeros((ROWS, ROWS), tl.float32)
     for start in range(0, WIDTH, SLICE):
         s = start + tl.arange(0, SLICE)
-        left = load_tile(x, x_stride, i, s, rows, WIDTH).to(OPERAND)
-        right = load_tile(y, y_stride, i, s, rows, WIDTH).to(OPERAND)
-        sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
+        left = load_tile(x, x_stride, i, s, rows, WIDTH)
+        right = load_tile(y, y_stride, i, s, rows, WIDTH)
+        sums = add_dot(sums, left, tl.trans(right), PRECISION)
     return sums
 
 
@@ -207,6 +256,81 @@ def inner_gradient(z, squared, pull, beta, d, WIDTH: tl.constexpr, D: tl.constex
 
 
 @triton.jit
+def _add_four(a, b, c, e, f, g, h, j):
+    return a + f, b + g, c + h, e + j
+
+
+@triton.jit
+def _add_two(a, b, c, e):
+    return a + c, b + e
+
+
+@triton.jit
+def sum_two(a, b):
+    """Sums of columns, in one round through the warps."""
+    if _INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0)
+    return tl.reduce((a, b), 0, _add_two)
+
+
+@triton.jit
+def _add_three(a, b, c, e, f, g):
+    return a + e, b + f, c + g
+
+
+@triton.jit
+def sum_three(a, b, c):
+    """Likewise."""
+    if _INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
+    return tl.reduce((a, b, c), 0, _add_three)
+
+
+@triton.jit
+def sum_four(a, b, c, e):
+    """Likewise."""
+    if _INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(e, 0)
+    return tl.reduce((a, b, c, e), 0, _add_four)
+
+
+@triton.jit
+def centre_columns(z, d, WIDTH: tl.constexpr, D: tl.constexpr):
+    """``z − mean`` of every column."""
+    z -= (tl.sum(z, 0) * (1.0 / WIDTH))[None, :]
+    if WIDTH < D:
+        z = tl.where((d < WIDTH)[:, None], z, 0.0)
+    return z
+
+
+@triton.jit
+def column_gradient(z, w, pull, beta, gain, d, WIDTH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
+    """E and 1/std from the columns of Z and of ``pull``, w∘(w_b − (V − K)), both centred; ``gain`` None where w is 1.
+
+    All sums over a column at once, since each is a way through all warps: h = w∘w∘x̂ + pull, x̂ = Z/std.
+    """
+    if gain is None:
+        squares, slope = sum_two(z * z, pull * z)
+        stretched = squares
+    else:
+        squared = (w * w)[:, None] * z
+        squares, tilt, stretched, slope = sum_four(z * z, squared, squared * z, pull * z)
+    variance = squares * (1.0 / WIDTH) + NORM_EPS
+    if PRECISION == "ieee":
+        inverse = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance))
+    else:
+        inverse = tl.rsqrt(variance)
+    slope = (stretched * inverse + slope) * inverse * (1.0 / WIDTH)
+    if gain is None:
+        steep = ((1.0 - slope) * inverse)[None, :] * z
+    else:
+        steep = (squared - (tilt * (1.0 / WIDTH))[None, :] - z * slope[None, :]) * inverse[None, :]
+        if WIDTH < D:
+            steep = tl.where((d < WIDTH)[:, None], steep, 0.0)
+    return (steep + pull) * (beta * inverse)[None, :], inverse
+
+
+@triton.jit
 def project(p, x, d, WIDTH: tl.constexpr, D: tl.constexpr):
     """``P ⟂ x̂``, row by row."""
     p = p - (tl.sum(p, 1) * (1.0 / WIDTH))[:, None] - x * (tl.sum(p * x, 1) * (1.0 / WIDTH))[:, None]
@@ -216,31 +340,41 @@ def project(p, x, d, WIDTH: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def pull_gradient(de, h, x, squared, beta, inverse, d, WIDTH: tl.constexpr, D: tl.constexpr):
-    """From dE to dZ; ``squared`` is w∘w."""
-    gamma = de * (beta * inverse)[:, None]
-    slope = tl.sum(gamma * x, 1) * (1.0 / WIDTH)
-    level = tl.sum(h * x, 1) * (1.0 / WIDTH)
-    along = tl.sum(gamma * (h - (tl.sum(h, 1) * (1.0 / WIDTH))[:, None] - x * level[:, None]), 1) * (1.0 / WIDTH)
-    dh = gamma - (tl.sum(gamma, 1) * (1.0 / WIDTH))[:, None] - x * slope[:, None]
+def column_adjoint(de, h, x, level, w, gain, beta, inverse, d, WIDTH: tl.constexpr, D: tl.constexpr):
+    """From dE to dZ, by columns: h centred, ``level`` the mean of h∘x̂, ``gain`` None where w is 1."""
+    part: tl.constexpr = 1.0 / WIDTH
+    gamma = de * (beta * inverse)[None, :]
+    mean, slope, along = sum_three(gamma, gamma * x, gamma * h)
+    mean, slope = mean * part, slope * part
+    along = along * part - level * slope
+    if gain is None:
+        steep = slope * (1.0 + NORM_EPS * inverse * inverse - 2.0 * level) + along
+        dz = (gamma - mean[None, :]) * (1.0 - level)[None, :] - h * slope[None, :] - x * steep[None, :]
+    else:
+        dx = (w * w)[:, None] * (gamma - mean[None, :] - x * slope[None, :])
+        dx -= gamma * level[None, :] + h * slope[None, :]
+        mean, steep = sum_two(dx, dx * x)
+        dz = dx - (mean * part)[None, :] - x * (steep * part + along)[None, :]
+    dz *= inverse[None, :]
     if WIDTH < D:
-        dh = tl.where((d < WIDTH)[None, :], dh, 0.0)
-    dx = squared[None, :] * dh - gamma * level[:, None] - h * slope[:, None]
-    return (project(dx, x, d, WIDTH, D) - x * along[:, None]) * inverse[:, None]
+        dz = tl.where((d < WIDTH)[:, None], dz, 0.0)
+    return dz
 
 
-def multiplied(problem: Problem, adjoint: bool) -> str:
-    """How products of float32 operands are computed.
+def multiplied(problem: Problem, adjoint: bool, rates: bool = False) -> str:
+    """How products are computed; see ``add_dot``. ``rates`` asks for the gradient of ``token_scale``.
 
     bfloat16 asks less of y than of gradients: the layer norm makes y nearly blind to the size of E, so that the
-    gradients of beta and of the rates are what is left of sums that cancel. Three tf32 products keep what is left, and
-    the digits that float16 has and one tf32 product has not. Mini-batches of a few tokens learn so often from what
-    they have just read that y, too, wants all digits.
+    gradients of beta and of the rates are what is left of sums that cancel. Two parts of bfloat16 keep beta's.
+    Three tf32 products keep what is left for the rates, and the digits that float16 has and one tf32 product has not.
+    Mini-batches of a few tokens learn so often from what they have just read that they want more digits throughout.
     """
     if problem.dtype == "float32":
         return precision(problem)
-    rough = problem.dtype == "bfloat16" and not adjoint and problem.option["chunk_size"] >= SHORTEST
-    return "tf32" if rough else "tf32x3"
+    short = problem.option["chunk_size"] < SHORTEST
+    if problem.dtype == "float16" or (adjoint and (short or rates)):
+        return "tf32x3"
+    return "parts" if adjoint or short else "bf16"
 
 
 @dataclass(frozen=True)
@@ -249,7 +383,8 @@ class Layout:
 
     Attributes:
         constants: the ``constexpr`` arguments that all kernels share.
-        operand: the dtype of operands of products.
+        join: blocks of ``learn`` that are one to ``read``, which wants fewer weights.
+        operand: the dtype of W and E in scratch.
         slots: blocks of all sequences, and a few to spare.
         spacing: tokens between a sequence's slots, at least.
         resident: whether W stays on chip.
@@ -257,6 +392,7 @@ class Layout:
     """
 
     constants: dict[str, Any]
+    join: int
     operand: torch.dtype
     slots: int
     spacing: int
@@ -274,10 +410,12 @@ class Layout:
         )
         full = min(max(rows // chunk, 1) * chunk, rows)
         # Blocks that are cut short: at the end of a long mini-batch, before and behind a checkpoint.
-        a_token = 1 / full + (chunk > rows) / chunk + (2 / every if every else 0)
-        spacing = max(1, int(1 / a_token))
         carry = chunk > rows or every > 0
-        operand, multiply = torch.float32, multiplied(problem, adjoint)
+        join = 1 if adjoint or carry else 2
+        a_token = 1 / (join * full) + (chunk > rows) / chunk + (2 / every if every else 0)
+        spacing = max(1, int(1 / a_token))
+        multiply = multiplied(problem, adjoint, rates=x.get("token_scale") is not None)
+        operand = torch.bfloat16 if multiply == "bf16" else torch.float32
         # Tiles of true float32 products, which no tensor core computes, must be small.
         wide, exact = operand == torch.float32, multiply == "ieee"
         constants = {
@@ -289,12 +427,11 @@ class Layout:
             "CARRY": carry,
             "PACKED": problem.packed,
             "ALIGNED": _aligned(x),
-            "OPERAND": tl.float32 if wide else tl.bfloat16,
             "PRECISION": multiply,
         }
         launch = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
         widest = 64 if exact else 128
-        return cls(constants, operand, s.B * (s.T // spacing) + 2 * s.N, spacing, widest >= s.K, launch)
+        return cls(constants, join, operand, s.B * (s.T // spacing) + 2 * s.N, spacing, widest >= s.K, launch)
 
 
 def _aligned(x: Arrays) -> bool:

@@ -239,6 +239,34 @@ def ttt_chunked(x: Inputs, state: State, option: dict[str, Any]) -> tuple[Array,
     return join(y), state
 
 
+def ttt_mlp_chunked(x: Inputs, state: State, option: dict[str, Any]) -> tuple[Array, State]:
+    """TTT-MLP's dual form, a mini-batch at a time, in the dtype of its weights; layer norm as in ``ttt_chunked``."""
+    chunk = option["chunk_size"]
+    q, k, v, beta = (split(x[name].astype(state[0].dtype), chunk) for name in ("q", "k", "v", "beta"))
+    rate = 1 / jnp.arange(1, chunk + 1, dtype=q.dtype)
+    width = q.shape[-1]
+
+    def body(state: State, now: Any) -> tuple[State, Array]:
+        (weight1, bias1, weight2, bias2), (q, k, v, beta) = state, now
+        eta = jnp.tril(rate[:, None] * beta[..., None, :])
+        inner, pull = jax.vjp(jax.nn.gelu, k @ weight1 + bias1[:, :, None])
+        unit, std = standardise(inner @ weight2 + bias2[:, :, None])
+        h = unit - (v - k)
+        grad2 = (width * h - jnp.sum(h, -1, keepdims=True) - unit * jnp.sum(h * unit, -1, keepdims=True)) / (
+            width * std
+        )
+        (grad1,) = pull(grad2 @ transposed(weight2))
+        read = jax.nn.gelu(q @ weight1 + bias1[:, :, None] - (eta * (q @ transposed(k) + 1)) @ grad1)
+        seen = read @ weight2 + bias2[:, :, None] - (eta * (read @ transposed(inner) + 1)) @ grad2
+        last = transposed(eta[..., -1:, :])
+        moved = weight1 - transposed(last * k) @ grad1, bias1 - jnp.sum(last * grad1, -2)
+        moved += weight2 - transposed(last * inner) @ grad2, bias2 - jnp.sum(last * grad2, -2)
+        return moved, q + standardise(seen)[0]
+
+    state, y = lax.scan(body, state[:4], (q, k, v, beta))
+    return join(y), state
+
+
 def attention(x: Inputs, state: State, option: dict[str, Any]) -> tuple[Array, State]:
     """JAX's own attention; its state is the keys and values."""
     y = jax.nn.dot_product_attention(x["q"], x["k"], x["v"], is_causal=True, scale=option["attn_scale"])
@@ -331,6 +359,10 @@ def peers(device: str) -> list[Peer]:
         if mixer != "lattice":
             delta = token is delta_token
             found += [peer(f"chunk {c}", mixer, passes, build(chunked(c, delta)), _divides(c)) for c in CHUNKS]
-    for mixer, function in {"lattice": lattice_chunked, "ttt_linear": ttt_chunked}.items():
+    for mixer, function in {
+        "lattice": lattice_chunked,
+        "ttt_linear": ttt_chunked,
+        "ttt_mlp": ttt_mlp_chunked,
+    }.items():
         found.append(peer("chunk", mixer, passes, build(function), _model_chunk_refuses))
     return [*found, peer("attention", "attention", passes, build(attention), _attention_refuses)]

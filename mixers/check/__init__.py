@@ -107,7 +107,7 @@ def cases(
 def fitted(case: Case) -> Case | None:
     """The case where its kernel runs, without checkpoints if it refuses them; None where it refuses all the same."""
     plain = dataclasses.replace(case.setting, checkpoint_every=0)
-    for setting, device in itertools.product((case.setting, plain), DEVICES):
+    for setting, device in itertools.product((case.setting, plain), devices(case.library)):
         calls = [setting]
         if case.law == "steps":
             calls.append(dataclasses.replace(plain, lengths=(1,) * len(plain.lengths)))
@@ -135,6 +135,17 @@ def _part(setting: Setting, spec: MixerSpec, options: Mapping[str, Any]) -> Sett
         setting, spec=spec, options=tuple(options.items()), arrays=arrays, packed=False, initial="none",
         lengths=(setting.sizes().T,) * setting.sizes().B, checkpoint_every=0,
     )  # fmt: skip
+
+
+@functools.cache
+def devices(library: str) -> tuple[str, ...]:
+    """Where arrays may be, first where their library puts them: XLA's kernels run anywhere."""
+    if library == "jax":
+        import jax
+
+        if jax.default_backend() == "gpu":
+            return DEVICES[::-1]
+    return DEVICES
 
 
 @functools.cache
