@@ -28,7 +28,10 @@ PINS = ("--no-compile", "-c", "constraints.txt")
 # part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
 SHIPPED = "tests/autotune/test_shipped.py"
-SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", SHIPPED, "--most", "16000")
+SIMULATED = (
+    *(*LAWS, "tests/test_triton.py", "tests/test_primitives.py", "tests/test_readme.py", SHIPPED),
+    *("--most", "16000"),
+)
 SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", SHIPPED, "--most", "16000")
 WITHOUT_TORCH = tuple(
     f"--ignore=tests/{file}.py"
@@ -37,9 +40,10 @@ WITHOUT_TORCH = tuple(
         *("test_numba_cache", "test_packaging", "test_threads"),
     )
 )
+CHOSEN_IN_XLA = "test_jax or test_nnx or imports or float32 and not jax/steps and not jax/composed"
 IN_XLA = (
     *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_nnx.py", "--backend", "jax"),
-    *("--share", "1500", "--most", "20000", "-k", "test_jax or test_nnx or imports or float32 and not jax/steps"),
+    *("--share", "1500", "--most", "20000", "-k", CHOSEN_IN_XLA),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 # The site asks every backend's kernels and runs blocks of every library; it is built where most of these are at hand.

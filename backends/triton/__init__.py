@@ -16,6 +16,9 @@ from typing import Any
 from mixers.backend import Kernel, Place, Support
 
 _FAMILIES = ("delta_chunk", "delta", "lattice_chunk", "lattice", "ttt", "attention")
+_PRIMITIVES = (
+    *("chosen_reads", "kept_rows", "packed_attention", "predictive_delta", "segment_weights", "state_reads", "ttt_mlp"),
+)
 
 
 class TritonBackend:
@@ -44,8 +47,7 @@ class TritonBackend:
 
     def primitives(self) -> dict[str, Any]:
         """Kernels that compositions call; see ``mixers.packed``."""
-        names = ("packed_attention", "predictive_delta", "ttt_mlp")
-        return {name: import_module(f".{name}", __package__).PRIMITIVE for name in names}
+        return {name: import_module(f".{name}", __package__).PRIMITIVE for name in _PRIMITIVES}
 
     def compile_only(self, capability: int) -> None:
         """From now on compile what is launched, for a GPU that this process cannot see, and run nothing."""
