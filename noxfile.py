@@ -28,8 +28,10 @@ PINS = ("--no-compile", "-c", "constraints.txt")
 # part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
 SHIPPED = "tests/autotune/test_shipped.py"
-TRITONS = tuple(f"tests/test_{name}.py" for name in ("triton", "primitives", "readme"))
-SIMULATED = (*LAWS, *TRITONS, SHIPPED, "--most", "16000")
+SIMULATED = (
+    *(*LAWS, "tests/test_triton.py", "tests/test_primitives.py", "tests/test_readme.py", SHIPPED),
+    *("--most", "16000"),
+)
 SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", SHIPPED, "--most", "16000")
 WITHOUT_TORCH = tuple(
     f"--ignore=tests/{file}.py"

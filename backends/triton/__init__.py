@@ -17,7 +17,13 @@ from mixers.backend import Kernel, Place, Support
 
 _FAMILIES = ("delta_chunk", "delta", "lattice_chunk", "lattice", "ttt", "attention")
 _PRIMITIVES = (
-    *("chosen_reads", "kept_rows", "packed_attention", "predictive_delta", "segment_weights", "state_reads", "ttt_mlp"),
+    "chosen_reads",
+    "kept_rows",
+    "packed_attention",
+    "predictive_delta",
+    "segment_weights",
+    "state_reads",
+    "ttt_mlp",
 )
 
 
