@@ -27,8 +27,12 @@ PINS = ("--no-compile", "-c", "constraints.txt")
 # those of CUDA in Numba's simulator, where a case takes seconds. `--share n` takes every n-th case of the laws, another
 # part for every kernel and dtype: `pytest tests` without it takes them all, which lasts an hour.
 LAWS = ("tests/conformance/test_laws.py", "tests/conformance/test_device.py")
-SIMULATED = (*LAWS, "tests/test_triton.py", "tests/test_readme.py", "--most", "16000")
-SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "--most", "16000")
+SHIPPED = "tests/autotune/test_shipped.py"
+SIMULATED = (
+    *(*LAWS, "tests/test_triton.py", "tests/test_primitives.py", "tests/test_readme.py", SHIPPED),
+    *("--most", "16000"),
+)
+SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", SHIPPED, "--most", "16000")
 WITHOUT_TORCH = tuple(
     f"--ignore=tests/{file}.py"
     for file in (
@@ -36,9 +40,10 @@ WITHOUT_TORCH = tuple(
         *("test_numba_cache", "test_packaging", "test_threads"),
     )
 )
+CHOSEN_IN_XLA = "test_jax or test_nnx or imports or float32 and not jax/steps and not jax/composed"
 IN_XLA = (
     *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_nnx.py", "--backend", "jax"),
-    *("--share", "1500", "--most", "20000", "-k", "test_jax or test_nnx or imports or float32 and not jax/steps"),
+    *("--share", "1500", "--most", "20000", "-k", CHOSEN_IN_XLA),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}
 # The site asks every backend's kernels and runs blocks of every library; it is built where most of these are at hand.
@@ -125,11 +130,14 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the site, warnings being errors, and run its code blocks; with ``serve`` build it and show it instead."""
+    """Build the site, warnings being errors, and run its code blocks; or build it and ``serve`` or ``walk`` it."""
     session.install(*PINS, "-e", f".{SITE}")
     build_site(session)
     if "serve" in session.posargs:
         session.run("python", "-m", "http.server", "--directory", "docs/built", "--bind", "127.0.0.1", "8000")
+    elif "walk" in session.posargs:
+        session.install(*PINS, "selenium")
+        session.run("python", "docs/walk.py")
     else:
         run_blocks(session)
 

@@ -53,10 +53,11 @@ class Device:
 
 def device_of_kind(kind: str) -> Device:
     """The device of a kind that this process uses: the current GPU where there are several."""
-    return _cpu(_cores()) if kind == "cpu" else _gpu(_current_gpu()) if kind == "cuda" else Device(kind, kind, 1)
+    return _cpu(cores()) if kind == "cpu" else _gpu(_current_gpu()) if kind == "cuda" else Device(kind, kind, 1)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -125,7 +125,7 @@ def _trials(choice: Choice | None) -> dict[tuple[str, tuple[tuple[str, int], ...
 
 def _why(choice: Choice) -> str:
     if choice.fact is None:
-        return f"chosen: {choice.source or 'the first that can'}"
+        return f"chosen: {choice.source or 'the first that can, nothing was measured'}"
     entry = choice.fact.entry
     default = (
         f", {entry.default_seconds / entry.seconds:.2f} times as fast as the default" if entry.default_seconds else ""

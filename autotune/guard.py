@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mixers.autotune.rig import Named
+import numpy as np
 
 from mixers import mixer as mixer_module
 from mixers.backend import Config, Kernel
@@ -20,7 +20,7 @@ from mixers.check.pinned import Pinned
 from mixers.check.truth import truth
 from mixers.check.verdict import EPSILON, Verdict, compare, worse
 from mixers.plan import Plan
-from mixers.problem import Problem
+from mixers.problem import Arrays, Problem
 
 # More than two chunks of 32 and more than one of 64, and no multiple of either.
 TOKENS = 67
@@ -149,9 +149,15 @@ def _rounded(case: Guarded) -> Verdict:
         return Verdict(float("inf"), f"{type(error).__name__}: {error}")
 
 
-def against_default(problem: Problem, found: Named, default: Named) -> Verdict:
+def against_default(problem: Problem, found: Arrays, default: Arrays) -> Verdict:
     """Two kernels on the whole problem: both may err by the tolerance."""
+    if type(next(iter(found.values()))) is not type(next(iter(default.values()))):  # of other rigs
+        found, default = _on_host(found), _on_host(default)
     tolerance = problem.spec.tolerance["float16" if rounds(problem) else problem.dtype]
     unit = EPSILON[problem.dtype]
     verdict = compare(found, default, lambda _, largest, overall: 2 * tolerance * largest + 4 * unit * overall)
     return dataclasses.replace(verdict, reason="from the default kernel: " + verdict.reason)
+
+
+def _on_host(arrays: Arrays) -> Arrays:
+    return {name: a if isinstance(a, np.ndarray) else a.cpu().numpy() for name, a in arrays.items()}

@@ -117,6 +117,11 @@ def learn(entries: Iterable[Entry]) -> None:
     _changed()
 
 
+def measured() -> Iterable[Entry]:
+    """What this process has measured."""
+    return _measured.entries.values()
+
+
 # What was measured serves as many heads, in powers of two, more or fewer.
 REACH = 2
 

@@ -130,23 +130,26 @@ def _composed(problem: Problem, asked: Asked) -> Iterator[Candidate]:
     """A composition runs where a backend has kernels for its parts."""
     backends = [b for b in installed().values() if asked.backend in ("auto", b.name)]
     for b in sorted(backends, key=lambda b: -b.preference):
-        missing = ""
-        for part, options in problem.spec.parts(problem.option):
+        support = _here(problem, b, asked)
+        for part, options in problem.spec.parts(problem.option) if support else ():
             inner = dataclasses.replace(problem, spec=part, options=tuple(options.items()))
             found = list(_of_backend(inner, b, asked))
             if not any(c.support for c in found):
                 why = "; ".join(c.support.reason for c in found) or "no kernel"
-                missing = f"its {part.name} cannot run: {why}"
-        support = Support.no(missing) if missing else Support.yes()
+                support = Support.no(f"its {part.name} cannot run: {why}")
         yield Candidate(b.name, None, {} if support else None, support)
     if asked.backend in ("auto", REFERENCE):
         yield Candidate(REFERENCE, None, None, Support.yes())
 
 
-def _of_backend(problem: Problem, backend: Backend, asked: Asked) -> Iterator[Candidate]:
+def _here(problem: Problem, backend: Backend, asked: Asked) -> Support:
+    """Whether a backend works on this machine, and for such arrays unless it was asked for by name."""
     status = backend.status()
-    if status and asked.backend != backend.name:
-        status = backend.place.holds(problem)
+    return backend.place.holds(problem) if status and asked.backend != backend.name else status
+
+
+def _of_backend(problem: Problem, backend: Backend, asked: Asked) -> Iterator[Candidate]:
+    status = _here(problem, backend, asked)
     if not status:
         yield Candidate(backend.name, None, None, status)
         return

@@ -79,8 +79,13 @@ class Rig(ABC):
         """Fill outputs and gradients with NaN."""
 
     @abstractmethod
-    def results(self, part: str) -> Named:
-        """What a pass has written, but for what is kept, on the host."""
+    def results(self, part: str) -> Arrays:
+        """Copies of what a pass has written, but for what is kept, in float64 and where the arrays are."""
+
+    def unwritten(self, part: str) -> dict[str, int]:
+        """How many numbers of each array are not finite after a pass."""
+        found = self.results(part)
+        return {name: math.prod(a.shape) - int((abs(a) < math.inf).sum()) for name, a in found.items()}
 
     @abstractmethod
     def memory(self) -> int:
@@ -129,7 +134,7 @@ class HostRig(Rig):
         for array in (*self.out.values(), *self.dx.values()):
             array.fill(-1 if array.dtype.kind == "i" else np.nan)
 
-    def results(self, part: str) -> Named:
+    def results(self, part: str) -> Arrays:
         """Copies."""
         found = {n: a for n, a in self.out.items() if not n.startswith("kept.")} if part == FORWARD else self.dx
         return {name: a.astype(np.float64) for name, a in found.items()}
@@ -207,10 +212,10 @@ class TorchRig(Rig):
         for tensor in (*self.out.values(), *self.dx.values()):
             tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
 
-    def results(self, part: str) -> Named:
-        """Copies on the host."""
+    def results(self, part: str) -> Arrays:
+        """Copies, on the device."""
         found = self.out if part == FORWARD else self.dx
-        return {name: t.detach().double().cpu().numpy() for name, t in found.items()}
+        return {name: t.detach().to(self.torch.float64, copy=True) for name, t in found.items()}
 
     def memory(self) -> int:
         """What is allocated on the device, by torch and by anybody else; pages of the host elsewhere."""
@@ -309,7 +314,7 @@ class JaxRig(Rig):
         """Nothing of the last pass is left."""
         self.out, self.dx = {}, {}
 
-    def results(self, part: str) -> Named:
+    def results(self, part: str) -> Arrays:
         """Copies on the host."""
         found: Mapping[str, Any] = self.out if part == FORWARD else self.dx
         return {name: np.asarray(a).astype(np.float64) for name, a in found.items()}

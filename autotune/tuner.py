@@ -41,7 +41,7 @@ MOST = 8
 FINALISTS = 3
 ROUNDS = 7
 BURST = 0.04
-BUDGET = 30.0
+BUDGET = 24.0
 
 # A time within this of the default's is the default's.
 CLEAR = 0.99
@@ -189,6 +189,7 @@ class Contest:
             if len(passed) >= FINALISTS or against is None:
                 break
             self.report(f"{self.part}: comparing {runner.name}", len(passed), FINALISTS)
+            self.ahead.wait_to_compare(self.problem, self.part, runner.name, runner.config)
             found = self.ask("guard", runner, self.patience.guard, default=[against.name, dict(against.config)])
             if found is None:
                 continue
@@ -221,7 +222,10 @@ class Contest:
         total, forward = len(runners), (self.forward.name, dict(self.forward.config or {}))
         self.ahead.start(self.problem, self.part, [(r.name, r.config) for r in runners])
         self.shop.open(to_json(self.problem), self.part, forward if self.part == BACKWARD else None)
-        alive = self.halve(self.attempt(runners))
+        alive = sorted(self.attempt(runners), key=lambda r: r.seconds)
+        likely = alive[: FINALISTS + 1] + [r for r in alive[FINALISTS + 1 :] if r.default]
+        self.ahead.compare(self.problem, self.part, [(r.name, r.config) for r in likely])
+        alive = self.halve(alive)
         default = next((r for r in alive if r.default), None)
         ranked = self.final(self.guard(alive, default))
         trials = tuple(r.trial() for r in runners) + tuple(refused)
@@ -306,7 +310,8 @@ def tune_problems(
         problems: the calls.
         asked: a backend or kernel to keep to.
         parts: ``forward`` and ``backward``; what a problem has by default.
-        budget: seconds for all passes of a problem together, about.
+        budget: seconds for all passes of a problem together, about; on a CPU without what compiling takes, once for a
+            machine.
         report: told how far it is.
         done: given what was found of each problem; returns whether to go on.
 
@@ -319,14 +324,17 @@ def tune_problems(
     asked, todo = asked or Asked(), [whatever_the_batch(problem) for problem in problems]
     entries = list[Entry]()
     with Workshop() as shop, Ahead(device_of_kind(todo[0].device)) as ahead:
+        shop.start(todo[0].library)
         contests = [_contests(shop, ahead, problem, asked, tuple(parts), report) for problem in todo]
         for rounds in contests:
+            ahead.settle()
             found = _run(rounds, budget)
             entries += found
-            save(user_path(), found)
+            knowledge.learn(found)
+            # All of it: whoever deleted or damaged the file meanwhile has lost nothing that was measured here.
+            save(user_path(), knowledge.measured())
             if not done(found):
                 break
-    knowledge.learn(entries)
     return entries
 
 
@@ -334,6 +342,9 @@ def _contests(
     shop: Workshop, ahead: Ahead, problem: Problem, asked: Asked, parts: tuple[str, ...], report: Report
 ) -> list[Contest]:
     """The passes of a problem; what they will run is being compiled from now on."""
+    if problem.spec.compose is not None:
+        of = ", ".join(dict.fromkeys(part.name for part, _ in problem.spec.parts(problem.option)))
+        raise ValueError(f"{problem.spec.name} is composed of {of or 'array operations'}; tune those")
     forward = choose(problem, asked).candidate
     if forward.kernel is None:
         raise ValueError(f"no kernel runs {problem}; the reference has nothing to tune")
@@ -356,7 +367,9 @@ def _run(contests: list[Contest], budget: float) -> list[Entry]:
     """One pass after the other; a backward follows the forward that has won."""
     start, forward, entries = time.monotonic(), contests[0].forward, list[Entry]()
     for number, contest in enumerate(contests):
-        contest.forward, contest.until = forward, start + budget * (number + 1) / len(contests) - 2
+        # A pass that took more than its share leaves the next one half of its own.
+        due, now = start + budget * (number + 1) / len(contests), time.monotonic()
+        contest.forward, contest.until = forward, max(due, now + budget / len(contests) / 2) - 2
         entry, trials = contest.run()
         chosen, config = (entry.kernel, entry.config) if entry else ("", {})
         log.append(Decision(str(contest.problem), contest.part, chosen, config, "measured now", True, trials))
@@ -463,6 +476,7 @@ def problem_of(
 ) -> Problem:
     """The problem of a plain call of a shape."""
     b, t, h, k, v = shape
+    spec = spec if spec.specialise is None else spec.specialise(options)
     layouts = tuple(
         (arg.name, " ".join(arg.layouts[0]))
         for arg in (*spec.inputs[3:], *spec.parameters)

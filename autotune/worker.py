@@ -1,6 +1,6 @@
 """The process in which candidates run: what crashes, hangs or poisons a GPU does so here.
 
-    python -m mixers.autotune.worker      one JSON object a line in, one a line out
+    python -m mixers.autotune.worker LIBRARY      one JSON object a line in, one a line out
 
     {"do": "open", "problem": …, "part": …, "forward": [name, config]}     make the arrays; what ran before a backward
     {"do": "try", "name": …, "config": …}       run once, then look for what is not written, not finite, or leaks
@@ -10,6 +10,7 @@
 What a kernel raises comes back as ``{"failed": …}``. What a kernel prints goes to the standard error stream.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -19,13 +20,12 @@ import time
 from dataclasses import replace
 from typing import Any, TextIO
 
-import numpy as np
 from mixers.autotune.guard import against_default, against_reference
 from mixers.autotune.key import BACKWARD, FORWARD, from_json
-from mixers.autotune.rig import Named, Rig, rig_of
+from mixers.autotune.rig import Rig, rig_of
 
 from mixers.backend import Config, Kernel, installed
-from mixers.problem import Problem
+from mixers.problem import Arrays, Problem
 
 # Bytes a call that are no noise of an allocator.
 LEAK = 1 << 20
@@ -42,7 +42,7 @@ class Bench:
         self._kernels: dict[str, Kernel] = {}
         self._filled: set[type[Rig]] = set()
         self._ready: dict[tuple[str, tuple[tuple[str, int], ...]], Any] = {}
-        self._default: Named | None = None
+        self._default: Arrays | None = None
 
     def kernel(self, name: str) -> Kernel:
         """A kernel by ``backend/name``."""
@@ -70,23 +70,22 @@ class Bench:
         rig = self.rig(kernel)
         return rig, rig.run(self.part, kernel, config)
 
-    def results(self, name: str, config: Config) -> Named:
-        """What the candidate writes where NaN stood before."""
+    def written(self, name: str, config: Config) -> Rig:
+        """The rig on which the candidate has written where NaN stood before."""
         rig, run = self.once(name, config)
         rig.poison()
         if self.part == BACKWARD and self.forward is not None:
             rig.run(FORWARD, self.kernel(self.forward[0]), self.forward[1])()
         run()
         rig.wait()
-        return rig.results(self.part)
+        return rig
 
     def attempt(self, name: str, config: Config) -> dict[str, Any]:
         """Run once and look at what became of it."""
         start = time.perf_counter()
-        found = self.results(name, config)
+        found = self.written(name, config).unwritten(self.part)
         first = time.perf_counter() - start
-        for array, numbers in found.items():
-            wrong = int((~np.isfinite(numbers)).sum())
+        for array, wrong in found.items():
             if wrong:
                 return {"failed": f"{array} holds {wrong} numbers that are not finite"}
         rig, run = self.once(name, config)
@@ -130,8 +129,8 @@ class Bench:
         verdict = against_reference(self.problem, forward, backward)
         if verdict and (name, dict(config)) != (default[0], dict(default[1])):
             if self._default is None:
-                self._default = self.results(*default)
-            other = against_default(self.problem, self.results(name, config), self._default)
+                self._default = self.written(*default).results(self.part)
+            other = against_default(self.problem, self.written(name, config).results(self.part), self._default)
             verdict = other if not other else verdict
         return {"error": verdict.ratio if verdict else -1.0, "reason": "" if verdict else verdict.reason}
 
@@ -152,6 +151,7 @@ class Worker:
             problem, rigs = from_json(request["problem"]), {}
             if self.bench is not None and (self.bench.problem, self.bench.problem.sizes) == (problem, problem.sizes):
                 rigs = self.bench.rigs  # the same arrays serve both passes
+            gc.freeze()  # what is there stays: looking for leaks then takes no time
             self.bench = Bench(problem, request["part"], (forward[0], forward[1]) if forward else None, rigs)
             return {}
         assert self.bench is not None
@@ -200,6 +200,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    importlib.import_module(sys.argv[1])  # while candidates are still being compiled
     Worker().serve(sys.stdin, answers)
 
 

@@ -47,12 +47,12 @@ class Workshop:
         """Set the worker to a pass of a problem.
 
         Raises:
-            Lost: it did not start.
             ValueError: it knows no such mixer.
         """
         self.opening = {"do": "open", "problem": problem, "part": part, "forward": forward}
         if self._process is not None:
-            self._open()
+            with contextlib.suppress(Lost):  # it died of an earlier candidate; the next question goes to a new one
+                self._open()
 
     def _open(self) -> None:
         found = self._exchange(self.opening, START)
@@ -73,7 +73,7 @@ class Workshop:
             Lost: the worker died or hung.
         """
         if self._process is None:
-            self._start()
+            self.start(self.opening["problem"]["library"])
             self._open()
         found = self._exchange({"do": do, "name": name, "config": dict(config), **rest}, patience)
         if found.get("fatal"):
@@ -81,13 +81,14 @@ class Workshop:
             raise Lost(f"it destroyed the GPU's context: {found['failed']}")
         return found
 
-    def _start(self) -> None:
+    def start(self, library: str) -> None:
+        """Start a worker, which imports an array library before it listens; nothing is waited for."""
         path = os.pathsep.join([p or os.getcwd() for p in sys.path])
         self._answers = queue.Queue()
         self._errors.seek(0)
         self._errors.truncate()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mixers.autotune.worker"],
+            [sys.executable, "-P", "-m", "mixers.autotune.worker", library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

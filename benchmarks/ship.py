@@ -28,17 +28,20 @@ CHUNKS = (1, 16)
 
 
 def problems(device: str, names: list[str], dtype: str, shapes: tuple[tuple[int, ...], ...]) -> list[Problem]:
-    """What is tuned: for each mixer its shapes, and chunks where they belong to the model."""
-    library = "torch" if device == "cuda" else "numpy"
-    found = []
+    """What is tuned, what matters most first: for each shape every mixer as it is by default, and as layers use it.
+
+    Where chunks belong to the model, each of them is a problem; a composition's parts run as they do alone.
+    """
+    library, found = "torch" if device == "cuda" else "numpy", list[Problem]()
     for shape in shapes:
-        for name in names or list(mixers.names()):
-            spec = mixers.get_spec(name)
-            chunked = any(o.name == "chunk_size" for o in spec.options)
-            for chosen in ({"chunk_size": c} for c in CHUNKS) if chunked else ({},):
-                b, t, h, k, v = shape
-                options = spec.resolve(chosen)
-                found.append(problem_of(spec, (b, t, h, k, v), dtype, library, device, True, (), options))
+        for extra in ({}, {"qk_l2norm": True}):
+            for spec in map(mixers.get_spec, names or mixers.names()):
+                known = {option.name for option in spec.options}
+                if spec.compose is None and spec.specialise is None and extra.keys() <= known:
+                    for chunk in ({"chunk_size": c} for c in CHUNKS) if "chunk_size" in known else ({},):
+                        options = spec.resolve(extra | chunk)
+                        b, t, h, k, v = shape
+                        found.append(problem_of(spec, (b, t, h, k, v), dtype, library, device, True, (), options))
     return found
 
 

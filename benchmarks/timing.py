@@ -13,6 +13,7 @@ from typing import Any
 
 PAUSE = 0.02
 WARM = 0.005
+LONG = 0.3  # seconds of a call beside which a pool's awakening is nothing
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,14 @@ def once(run: Callable[[], Any]) -> float:
 
 
 def turn(run: Callable[[], Any], *, seconds: float = 0.03, calls: int = 50) -> float:
-    """Seconds a call: a pause, calls until the pool is awake, then the mean of as many as fit into ``seconds``."""
+    """Seconds a call: a pause, calls until the pool is awake, then the mean of as many as fit into ``seconds``.
+
+    A long call is its own turn.
+    """
     time.sleep(PAUSE)
     spent = last = once(run)
+    if last > LONG:
+        return last
     while spent < WARM:
         last = once(run)
         spent += last

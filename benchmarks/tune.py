@@ -3,10 +3,14 @@
     python -m benchmarks.tune                 CPU: dispatch, tuning time, exhaustive search over ten problems
     python -m benchmarks.tune --device cuda   the same on a GPU
     python -m benchmarks.tune --only dispatch
+    python -m benchmarks.tune --device cuda --only search --first 5 --seconds 200 --json found.json
 
 Dispatch is measured against calling the kernel directly, beside a bare ``custom_op`` in the same turns: the fastest of
-many short bursts, since what disturbs a microsecond only ever adds to it. The exhaustive search times every candidate
-in turns; the problems are none of those that the cost model was written with.
+many short bursts, since what disturbs a microsecond only ever adds to it.
+
+Tuning begins with a profile and caches of compiled code that are empty, so a first problem's seconds include all its
+compilation. The exhaustive search then times every candidate, those too that the cost model left out, in turns; who is
+far behind after two turns is timed no further. The problems are none of those that the cost model was written with.
 """
 
 import argparse
@@ -23,18 +27,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mixers.autotune.ahead import Ahead
 from mixers.autotune.device import device_of_kind, stamp_of
 from mixers.autotune.key import BACKWARD, FORWARD, to_json
-from mixers.autotune.policy import Asked, candidates, choose
-from mixers.autotune.profile import config_text
+from mixers.autotune.policy import Asked, candidates, choose, fits
+from mixers.autotune.profile import Entry, config_text
 from mixers.autotune.tuner import problem_of, tune_problem
 from mixers.autotune.workshop import Lost, Workshop
 
 import mixers
-from mixers.backend import installed
+from benchmarks.timing import wait
+from mixers.backend import Config, installed
 from mixers.problem import Problem
 
 BURSTS, CALLS = 60, 60
+
+# Behind the best by so much after two turns, a candidate is not the best.
+FAR = 1.3
+
+Row = dict[str, Any]
 
 # (mixer, options, B, T, H, K, V): widths and heads that no default was chosen for.
 CPU = (
@@ -64,11 +75,14 @@ GPU = (
 
 
 def fastest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Microseconds of this thread a call, the least of many bursts in turns: other processes' turns do not count."""
+    """Microseconds of this thread a call, the least of many bursts in turns: other processes' turns do not count.
+
+    A GPU's queue is empty when a burst begins, and holds all of it.
+    """
     least = dict.fromkeys(runs, float("inf"))
     for _ in range(BURSTS):
         for name, run in runs.items():
-            run()
+            wait(run())
             start = time.thread_time()
             for _ in range(CALLS):
                 run()
@@ -141,62 +155,82 @@ def bare(torch: Any, tensor: Any, leaf: Any) -> dict[str, Callable[[], Any]]:
     return {"clone": tensor.clone, "op": lambda: call(tensor), "op, gradients": lambda: call(leaf)}
 
 
-def exhaustive(problem: Problem, part: str, rounds: int) -> dict[str, float]:
+def exhaustive(shop: Workshop, ahead: Ahead, problem: Problem, entry: Entry, rounds: int) -> dict[str, float]:
     """Seconds of every candidate that can run, in turns, as the tuner's finals are."""
-    asked = Asked()
-    forward = choose(problem, asked).candidate
-    todo = [(c.name, dict(config)) for c in candidates(problem, asked) if c.support and c.kernel is not None
-            for config in {config_text(k): k for k in c.kernel.configs(problem)}.values()]  # fmt: skip
-    turns: dict[str, list[float]] = {}
-    with Workshop() as shop:
-        shop.open(to_json(problem), part, (forward.name, dict(forward.config or {})) if part == BACKWARD else None)
-        lost: set[str] = set()
-        for _ in range(rounds):
-            for name, config in todo:
-                label = f"{name} {config_text(config)}".strip()
-                if label in lost:
-                    continue
-                try:
-                    found = shop.ask("time", name, config, 60.0, seconds=0.05)
-                except Lost:
-                    found = {"failed": "lost"}
-                if "failed" in found:
-                    lost.add(label)
-                else:
-                    turns.setdefault(label, []).append(found["seconds"])
+    part, forward = BACKWARD if f" {BACKWARD} " in entry.key else FORWARD, choose(problem, Asked()).candidate
+    todo = {
+        _label(c.name, config): (c.name, config)
+        for c in candidates(problem, Asked())
+        if c.support and c.kernel is not None and (part == FORWARD or fits(problem, c, forward))
+        for config in c.kernel.configs(problem)
+    }
+    turns: dict[str, list[float]] = {label: [] for label in todo}
+    ahead.start(problem, part, todo.values())
+    ahead.settle()
+    shop.open(to_json(problem), part, (forward.name, dict(forward.config or {})) if part == BACKWARD else None)
+    for number in range(rounds):
+        for label in list(turns):
+            ahead.wait(problem, part, *todo[label])
+            try:
+                found = shop.ask("time", *todo[label], 60.0, seconds=0.05)
+            except Lost as lost:
+                found = {"failed": str(lost)}
+            if "failed" in found:
+                print(f"  {label}: {found['failed']}", flush=True)
+                del turns[label]
+            else:
+                turns[label].append(found["seconds"])
+        if number == 1:
+            near = FAR * min(min(seconds) for seconds in turns.values())
+            stay = {entry.default, _label(entry.kernel, entry.config)}
+            turns = {label: seconds for label, seconds in turns.items() if label in stay or min(seconds) < near}
     middle = min if problem.device == "cpu" else statistics.median
-    return {label: middle(seconds) for label, seconds in turns.items()}
+    return {label: middle(seconds) for label, seconds in turns.items()} | {"": float(len(todo))}
 
 
-def search(device: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Each problem tuned, and searched exhaustively."""
-    rows, start = [], time.monotonic()
-    for name, given, *shape in CPU if device == "cpu" else GPU:
-        spec = mixers.get_spec(name)
-        library, dtype = ("numpy", "float32") if device == "cpu" else ("torch", "bfloat16")
-        b, t, h, k, v = shape
-        for part in (FORWARD, BACKWARD):
+def _label(name: str, config: Config) -> str:
+    return f"{name} {config_text(config)}".strip()
+
+
+def compared(entry: Entry, times: dict[str, float]) -> Row:
+    """What was tuned beside what an exhaustive search found."""
+    count, chosen = int(times.pop("")), _label(entry.kernel, entry.config)
+    best = min(times, key=lambda label: times[label])
+    row: Row = {
+        "problem": f"{entry.key} {entry.shape}",
+        "candidates": count,
+        "tried": entry.candidates,
+        "chosen": chosen,
+        "ms": times[chosen] * 1e3,
+        "best": best,
+        "over_best": times[chosen] / times[best],
+        "default": entry.default,
+        "default_over_chosen": times.get(entry.default, float("nan")) / times[chosen],
+    }
+    print(f"  {row['problem']}: {chosen}, {row['over_best']:.3f} of the best of {count} ({best}), "
+          f"default/chosen {row['default_over_chosen']:.3f}", flush=True)  # fmt: skip
+    return row
+
+
+def search(device: str, rounds: int, first: int, seconds: float, tell: Callable[[list[Row]], None]) -> None:
+    """Each problem tuned, and searched exhaustively; ``tell`` is given all that was found so far."""
+    rows, start = list[Row](), time.monotonic()
+    library, dtype = ("numpy", "float32") if device == "cpu" else ("torch", "bfloat16")
+    with Workshop() as shop, Ahead(device_of_kind(device)) as ahead:
+        for name, given, *shape in (CPU if device == "cpu" else GPU)[first:]:
             if time.monotonic() - start > seconds:
-                return rows
+                break
+            spec = mixers.get_spec(name)
+            b, t, h, k, v = shape
             problem = problem_of(spec, (b, t, h, k, v), dtype, library, device, True, (), spec.resolve(given))
             begun = time.monotonic()
-            (entry,) = tune_problem(problem, parts=(part,), budget=20)
+            entries = tune_problem(problem)
             took = time.monotonic() - begun
-            times = exhaustive(problem, part, rounds)
-            best, chosen = min(times, key=lambda n: times[n]), f"{entry.kernel} {config_text(entry.config)}".strip()
-            row = {
-                "problem": f"{entry.key} {entry.shape}",
-                "tuned_in": took,
-                "candidates": len(times),
-                "chosen": chosen,
-                "best": best,
-                "over_best": times[chosen] / times[best],
-                "default_over_chosen": times.get(entry.default, float("nan")) / times[chosen],
-            }
-            rows.append(row)
-            print(f"{row['problem']}: {chosen}, {row['over_best']:.3f} of the best of {row['candidates']} ({best}), "
-                  f"default/chosen {row['default_over_chosen']:.3f}, tuned in {took:.1f} s", flush=True)  # fmt: skip
-    return rows
+            print(f"{problem}: tuned in {took:.1f} s", flush=True)
+            for entry in entries:
+                times = exhaustive(shop, ahead, problem, entry, rounds)
+                rows.append(compared(entry, times) | {"tuned_in": took})
+                tell(rows)
 
 
 def about(device: str) -> dict[str, Any]:
@@ -216,24 +250,39 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", default="", choices=("", "dispatch", "search"))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--first", type=int, default=0, help="begin with this problem")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no problem later than this")
+    parser.add_argument("--cache", default="", help="where compiled code is kept; in an empty folder unless given")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     found: dict[str, Any] = {"machine": about(given.device)}
+
+    def write() -> None:
+        if given.json:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+    def tell(rows: list[Row]) -> None:
+        found["search"] = rows
+        write()
+
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MIXERS_PROFILE"] = str(Path(folder) / "profile.toml")
         if given.only != "search":
             found["dispatch_us"] = dispatch(given.device)
             for what, cost in found["dispatch_us"].items():
                 print(f"{what} adds {cost:.1f} µs", flush=True)
+            write()
         if given.only != "dispatch":
-            rows = found["search"] = search(given.device, given.rounds, given.seconds)
+            cache = Path(given.cache or folder).absolute()
+            os.environ["XDG_CACHE_HOME"], os.environ["TRITON_CACHE_DIR"] = str(cache), str(cache / "triton")
+            search(given.device, given.rounds, given.first, given.seconds, tell)
+            rows = found.get("search", [])
             near = sum(row["over_best"] <= 1.05 for row in rows)
             slower = sum(row["default_over_chosen"] < 0.98 for row in rows)
-            print(f"{near} of {len(rows)} within 5 % of the best, {slower} slower than the default by over 2 %")
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+            longest = max((row["tuned_in"] for row in rows), default=0)
+            print(f"{near} of {len(rows)} passes within 5 % of the best, {slower} slower than the default by over 2 %; "
+                  f"forward and backward of a problem tuned in {longest:.0f} s at most")  # fmt: skip
 
 
 if __name__ == "__main__":

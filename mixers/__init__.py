@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mixers.registry import names as names
     from mixers.registry import register as register
     from mixers.result import Result as Result
+    from mixers.selection import select as select
     from mixers.spec import MixerSpec as MixerSpec
     from mixers.ttt import TTTLinearState as TTTLinearState
     from mixers.ttt_mlp import TTTMLPState as TTTMLPState
@@ -49,6 +50,7 @@ _HOMES = {
     "names": "registry",
     "pack": "packing",
     "register": "registry",
+    "select": "selection",
 }
 
 __all__ = sorted(_HOMES)

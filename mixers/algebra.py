@@ -6,6 +6,7 @@ S [..., K, V]   state, row i is slot i      k, q [..., K]      u, v [..., V]
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,35 @@ def device_of(array: Array) -> dict[str, Any]:
     return {"device": array.device} if is_torch_array(array) else {}
 
 
-def take_rows(xp: Any, array: Array, index: Array) -> Array:
+def take_along(xp: Any, array: Array, index: Array, axis: int = 1) -> Array:
     """``array[n, index[n, i, …], …]``; torch's ``take_along_dim`` would tie a compiler to the number of rows."""
-    return array.gather(1, index) if is_torch_array(array) else xp.take_along_axis(array, index, axis=1)
+    return array.gather(axis, index) if is_torch_array(array) else xp.take_along_axis(array, index, axis=axis)
+
+
+def inverse(xp: Any, place: Array, size: int) -> Array:
+    """``order[n, place[n, s, …], …] = s`` for rows of ``size``, of places that are −1 or all different.
+
+    Rows that no place names hold any index.
+    """
+    nowhere = place < 0
+    source = xp.arange(place.shape[1], **device_of(place))
+    if is_torch_array(place):
+        where = place.masked_fill(nowhere, size).long()
+        source = source.reshape(1, -1, *(1,) * (place.ndim - 2)).expand(place.shape)
+        found: Array = source.new_zeros((place.shape[0], size + 1, *place.shape[2:])).scatter(1, where, source)
+        return found[:, :size]
+    return xp.argsort(xp.where(nowhere, xp.full_like(place, size), place), axis=1, stable=True)[:, :size]
+
+
+def joined(xp: Any, parts: Sequence[Array], axis: int) -> Array:
+    """Parts one after another, the empty ones left out: a single one is not copied."""
+    filled = [part for part in parts if part.shape[axis]] or list(parts[:1])
+    return filled[0] if len(filled) == 1 else xp.concat(filled, axis=axis)
+
+
+def more_rows(xp: Any, a: Array, rows: int) -> Array:
+    """Zeros behind axis 1."""
+    return joined(xp, [a, xp.zeros((a.shape[0], rows, *a.shape[2:]), dtype=a.dtype, **device_of(a))], axis=1)
 
 
 def like(xp: Any, matrix: np.ndarray, array: Array) -> Array:

@@ -151,7 +151,8 @@ class Backend(Protocol):
         place: where its kernels run; asked before they are loaded. ``auto`` never looks at a backend out of its place,
             a caller who names it may: a simulator runs elsewhere.
         libraries: optional, distributions whose versions decide about speed; its own name by default.
-        compile_only: optional, ``compile_only(capability)`` makes a process without a GPU compile what it launches.
+        compile_only: optional, ``compile_only(capability)`` makes a process compile what it launches and run nothing:
+            for GPUs of a compute capability as 90, none of which it need see, or for its own CPU.
     """
 
     name: str

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from mixers import reference
-from mixers.algebra import like, softmax
+from mixers.algebra import joined, like
 from mixers.call import Call
+from mixers.chosen_reads import chosen_reads, spread_out
 from mixers.ham import spread
-from mixers.memory_caching import boundaries, largest
+from mixers.memory_caching import boundaries
 from mixers.mixer import Mixer
 from mixers.problem import Arrays
+from mixers.segment_weights import Cuts, pools, segment_weights
 from mixers.spec import Array, Memory, MixerSpec, Options, Sizes
+from mixers.state_reads import state_reads
 
 State = tuple[Array, ...]
 
@@ -112,37 +115,32 @@ class _Rows:
 
     def run(self, before: int, finished: int) -> tuple[Array, State]:
         """Output and state; ``before`` tokens of the segment have passed, ``finished`` segments are kept."""
-        xp, cast = self.xp, self.library.cast
+        xp, options = self.xp, self.options
         ends = self._ends(before)
-        cuts = [0, *ends, self.tokens]
-        y, state, memories = self._base(cuts, ends, before)
+        cuts = Cuts(self.tokens, ends, before, 0 if options["segment"] == "log" else options["segment"], finished)
+        y, state, memories = self._base(cuts)
         kept = tuple(
-            xp.concat([old[:, :finished], *(m[i] for m in memories)], axis=1) for i, old in enumerate(self.kept)
+            joined(xp, [old[:, :finished], *(m[i] for m in memories)], axis=1) for i, old in enumerate(self.kept)
         )
-        k = spread(xp, cast(self.inputs["k"], self.wide), self.heads)
-        pooled = [self.pooled[:, :finished]]
-        key_sum, passed, parts = self.key_sum, before, []
-        for s in range(len(cuts) - 1):
-            first, last = cuts[s], cuts[s + 1]
-            if first == last:
-                continue
-            running = xp.cumulative_sum(k[:, first:last], axis=1) + key_sum[:, None]
-            number = like(xp, np.arange(passed + 1, passed + 1 + last - first), running)[None, :, None]
-            means = self._pool(running, number)
-            old = xp.concat(pooled, axis=1)
-            parts.append(self._read(y, first, last, means, old, tuple(a[:, : finished + s] for a in kept)))
-            key_sum, passed = running[:, -1], passed + last - first
-            if s < len(ends):
-                pooled.append(means[:, -1:])
-                key_sum, passed = xp.zeros_like(key_sum), 0
-        out = cast(xp.concat(parts, axis=1), self.dtype)
+        old = self.pooled[:, :finished]
+        if options["aggregate"] == "residual":
+            _, new, key_sum = pools(xp, self._spread("k"), self.key_sum, cuts, options["pool"])
+            y = self._residual(y, kept, cuts)
+        else:
+            count = kept[0].shape[1]
+            top = options["top_k"] if options["aggregate"] == "sparse" and options["top_k"] < count else 0
+            weights, index, new, key_sum = segment_weights(
+                self.library, self.part.backend, self.inputs["k"], old, self.key_sum, self.asked, cuts,
+                options["pool"], top,
+            )  # fmt: skip
+            y = self._weighted(y, kept, weights, index, cuts)
         room = self.pooled.shape[1]
         caches = (
-            self._filled(old, new, room)
-            for old, new in zip((*self.kept, self.pooled), (*kept, xp.concat(pooled, axis=1)), strict=True)
+            self._filled(before, after, room)
+            for before, after in zip((*self.kept, self.pooled), (*kept, joined(xp, [old, new], axis=1)), strict=True)
         )
-        count = xp.zeros_like(self.count) + passed
-        return out, (*state, *caches, key_sum, count, self.segments + len(ends))
+        count = xp.zeros_like(self.count) + (self.tokens - ends[-1] if ends else before + self.tokens)
+        return self.library.cast(y, self.dtype), (*state, *caches, key_sum, count, self.segments + len(ends))
 
     def _ends(self, before: int) -> list[int]:
         if self.options["segment"] != "log":
@@ -152,12 +150,13 @@ class _Rows:
             return boundaries(self.tokens, "log")
         return [int(at) + 1 for at in np.nonzero(marks[0])[0]]
 
-    def _pool(self, sums: Array, number: Array) -> Array:
-        return sums if self.options["pool"] == "sum" else sums / number[..., None]
+    def _spread(self, name: str) -> Array:
+        """Queries or keys, a head for each of the values', as wide as arithmetic."""
+        return spread(self.xp, self.library.cast(self.inputs[name], self.wide), self.heads)
 
     def _filled(self, old: Array, new: Array, room: int) -> Array:
         """Rows that hold nothing yet stay as they were."""
-        return self.xp.concat([self.library.cast(new, self.library.dtype(old)), old[:, new.shape[1] : room]], axis=1)
+        return joined(self.xp, [self.library.cast(new, self.library.dtype(old)), old[:, new.shape[1] : room]], axis=1)
 
     # The base.
 
@@ -182,35 +181,31 @@ class _Rows:
         found = self.memory.of(xp, self.part.options, self.constants, flat)
         return tuple(xp.reshape(a, (rows, count, *a.shape[1:])) for a in found)
 
-    def _base(self, cuts: list[int], ends: list[int], before: int) -> tuple[Array, State, list[tuple[Array, ...]]]:
+    def _base(self, cuts: Cuts) -> tuple[Array, State, list[tuple[Array, ...]]]:
         """Outputs of the base, its last state, and the memories at the ends of segments, in groups."""
-        xp, segment = self.xp, self.options["segment"]
+        xp, ends = self.xp, cuts.ends
         independent = self.options["init"] == "independent"
         state, at, outputs, memories = self.state, 0, [], []
         # Pieces that are run alone: all of them, or the rest of a segment that has begun.
-        whole = len(ends) if segment == "log" else int(bool(before and ends))
-        for end in ends[:whole]:
+        for end in ends[: cuts.alone]:
             y, state, _ = self._call(at, end, state)
             memories.append(self._memories(tuple(a[:, None] for a in state)))
             state = self._fresh(state) if independent else state
             outputs.append(y)
             at = end
-        left = len(ends) - whole
+        left = len(ends) - cuts.alone
         if left and independent:
             y, found = self._side_by_side(at, ends[-1], left, state)
             outputs.append(y)
             memories.append(found)
             at, state = ends[-1], self._fresh(state)
         elif left:
-            y, state, found = self._call(at, self.tokens, state, segment)
-            return self._joined(outputs, y), state, [*memories, found]
+            y, state, found = self._call(at, self.tokens, state, cuts.segment)
+            return joined(xp, [*outputs, y], axis=1), state, [*memories, found]
         if at < self.tokens:
             y, state, _ = self._call(at, self.tokens, state)
             outputs.append(y)
-        return xp.concat(outputs, axis=1), state, memories
-
-    def _joined(self, outputs: list[Array], y: Array) -> Array:
-        return self.xp.concat([*outputs, y], axis=1) if outputs else y
+        return joined(xp, outputs, axis=1), state, memories
 
     def _fresh(self, beside: State, times: int = 1) -> State:
         """The base's first state for every sequence, ``times`` of each."""
@@ -243,45 +238,53 @@ class _Rows:
 
     # Reads.
 
-    def _read(self, y: Array, first: int, last: int, means: Array, pooled: Array, kept: tuple[Array, ...]) -> Array:
-        """The outputs of a segment's tokens, given those of the base alone and the memories before it."""
-        xp, cast = self.xp, self.library.cast
-        y = cast(y[:, first:last], self.wide)
-        count = pooled.shape[1]
-        if not count:
-            return y
-        weights = None
-        if self.options["aggregate"] != "residual":
-            asked = xp.permute_dims(cast(self.asked[:, first:last], self.wide), (0, 2, 1, 3))  # [N,H,L,K]
-            old = xp.matmul(asked, xp.permute_dims(pooled, (0, 2, 3, 1)))  # [N,H,L,S]
-            own = xp.sum(asked * xp.permute_dims(means, (0, 2, 1, 3)), axis=-1)[..., None]
-            seen = xp.ones_like(old) == 1
-            if self.options["aggregate"] == "sparse" and self.options["top_k"] < count:
-                seen = largest(xp, old, seen, self.options["top_k"])
-            weights = softmax(xp, xp.concat([old, own], axis=-1), xp.concat([seen, own == own], axis=-1))
-            y = y * xp.permute_dims(weights[..., -1:], (0, 2, 1, 3))
-            weights = weights[..., :-1]
-        q = spread(xp, cast(self.inputs["q"][:, first:last], self.wide), self.heads)
-        if self.memory.query is not None:
-            return y + self._linear(
-                xp.permute_dims(self.memory.query(xp, self.part.options, q), (0, 2, 1, 3)), weights, kept[0]
-            )
-        for i in range(count):
-            memory = tuple(a[:, None, i] for a in kept)
-            read = self.memory.recall(xp, self.part.options, {**self.constants, "q": q}, memory)
-            share = 1.0 if weights is None else xp.permute_dims(weights[..., i], (0, 2, 1))[..., None]
-            y = y + share * read
-        return y
+    def _weighted(self, y: Array, kept: State, weights: Array, index: Array | None, cuts: Cuts) -> Array:
+        """The outputs, given those of the base alone and what each token reads of every memory, or of those chosen."""
+        library, backend = self.library, self.part.backend
+        if self.memory.linear:
+            q, scale = self._query()
+            if index is None:
+                return state_reads(library, backend, y, q, kept[0], weights, cuts, scale)
+            return chosen_reads(library, backend, y, q, kept[0], weights, index, cuts, scale)
+        if index is not None:
+            weights = spread_out(self.xp, weights, index, kept[0].shape[1])
+        shares = self.xp.permute_dims(weights, (2, 0, 3, 1))[..., None]  # [S+1,N,T,H,1]
+        return self._one_by_one(self.library.cast(y, self.wide) * shares[-1], kept, shares, cuts)
 
-    def _linear(self, q: Array, weights: Array | None, kept: Array) -> Array:
-        """``Σ_i γ_i C_iᵀ q`` for ``q [N,H,L,K]``, ``weights [N,H,L,S]``, ``kept [N,S,H,K,V]``; ``[N,L,H,V]``."""
-        xp = self.xp
-        rows, heads, length, width = q.shape
-        count, values = kept.shape[1], kept.shape[4]
-        if weights is None:
-            read = xp.matmul(q, xp.sum(kept, axis=1))
-        else:
-            spread_q = xp.reshape(weights[..., None] * q[..., None, :], (rows, heads, length, count * width))
-            below = xp.reshape(xp.permute_dims(kept, (0, 2, 1, 3, 4)), (rows, heads, count * width, values))
-            read = xp.matmul(spread_q, below)
-        return xp.permute_dims(read, (0, 2, 1, 3))
+    def _residual(self, y: Array, kept: State, cuts: Cuts) -> Array:
+        """The same where everything is read in full."""
+        xp, y = self.xp, self.library.cast(y, self.wide)
+        if not self.memory.linear or not kept[0].shape[1]:
+            return self._one_by_one(y, kept, None, cuts)
+        q, scale = self._query()
+        q = spread(xp, self.library.cast(q, self.wide), self.heads)
+        rows, _, heads, width = q.shape
+        sums, at, reads = xp.cumulative_sum(kept[0], axis=1), cuts.finished, []
+        sums = xp.concat([xp.zeros_like(sums[:, :1]), sums], axis=1)
+        for first, last, count in cuts.runs():
+            piece = xp.reshape(q[:, first:last], (rows, count, (last - first) // count, heads, width))
+            piece = xp.permute_dims(piece, (0, 1, 3, 2, 4))  # [N,count,H,L,K]
+            read = xp.permute_dims(xp.matmul(piece, sums[:, at : at + count]), (0, 1, 3, 2, 4))
+            reads.append(xp.reshape(read, y[:, first:last].shape))
+            at += count
+        return y + scale * joined(xp, reads, axis=1)
+
+    def _query(self) -> tuple[Array, float]:
+        """What rows of memories are weighted with, in the dtype of q, and the factor on what that gives."""
+        q, options = self.inputs["q"], self.part.options
+        assert self.memory.query is not None
+        asked = self.memory.query(self.xp, options, q)
+        if asked is not q:  # it was computed with
+            asked = self.library.cast(self.memory.query(self.xp, options, self.library.cast(q, self.wide)), self.dtype)
+        return asked, self.memory.scale(options, q.shape[3])
+
+    def _one_by_one(self, y: Array, kept: State, shares: Array | None, cuts: Cuts) -> Array:
+        """Memories whose read is not linear, one after another, by the tokens that see them."""
+        xp, q = self.xp, self._spread("q")
+        for i in range(kept[0].shape[1]):
+            at = 0 if i < cuts.finished else cuts.ends[i - cuts.finished]
+            memory = tuple(a[:, None, i] for a in kept)
+            read = self.memory.recall(xp, self.part.options, {**self.constants, "q": q[:, at:]}, memory)
+            read = read if shares is None else shares[i, :, at:] * read
+            y = xp.concat([y[:, :at], y[:, at:] + read], axis=1)
+        return y

@@ -135,7 +135,9 @@ def hard_settings(spec: MixerSpec) -> tuple[Setting, ...]:
     found = []
     for seed, row in enumerate(row for model in _model_factors(spec) for row in cover(model | factors)):
         setting = _setting(spec, row | fixed, seed)
-        if HARD[setting.hard].draws & {spec.arg(name).draw for name, _ in setting.arrays}:
+        hard = HARD[setting.hard]
+        concerned = hard.draws & {spec.arg(name).draw for name, _ in setting.arrays}
+        if concerned and not (hard.ties and setting.spec.picks(setting.resolved)):
             found.append(setting)
     return tuple(found)
 
@@ -154,7 +156,8 @@ def _model_factors(spec: MixerSpec) -> list[dict[str, Sequence[Any]]]:
     factors: dict[str, Sequence[Any]] = {f"option {o.name}": o.trials for o in spec.options if o.trials}
     for arg in (*spec.inputs, *spec.parameters):
         layouts = [" ".join(layout) for layout in arg.layouts]
-        factors[f"array {arg.name}"] = tuple(layouts + [""] * arg.optional)
+        # Decisions are always forced: two kernels that differ in the last bits may decide otherwise.
+        factors[f"array {arg.name}"] = tuple(layouts + [""] * (arg.optional and not arg.flag))
     chunks = factors.get("option chunk_size", ())
     exact, chunked = [c for c in chunks if c == 1], [c for c in chunks if c != 1]
     return [factors | {"option chunk_size": part} for part in (exact, chunked) if part] or [factors]
@@ -164,9 +167,10 @@ def _setting(spec: MixerSpec, row: Mapping[str, Any], seed: int) -> Setting:
     packed, lengths = row["lengths"]
     groups, heads = row["heads"]
     key_dim, value_dim = _widths(spec, row["widths"])
+    options = tuple((key.split()[1], value) for key, value in row.items() if key.startswith("option "))
     return Setting(
-        spec,
-        tuple((key.split()[1], value) for key, value in row.items() if key.startswith("option ")),
+        spec if spec.specialise is None else spec.specialise(spec.resolve(dict(options))),
+        options,
         tuple((key.split()[1], axes) for key, axes in row.items() if key.startswith("array ") and axes),
         groups,
         heads,
@@ -271,10 +275,12 @@ class Hard:
     Attributes:
         draws: the kinds of arrays (``Arg.draw``) that it is about; a mixer without any of them is not concerned.
         change: changes the arrays of a call, given the mixer's arguments by kind.
+        ties: keys are the same, and so is whatever a mixer that picks may pick among.
     """
 
     draws: frozenset[str]
     change: Callable[[Named, Mapping[str, list[Arg]], np.random.Generator], None]
+    ties: bool = False
 
 
 def _set(kind: str, value: float) -> Hard:
@@ -313,7 +319,7 @@ def _alike(cosine: float) -> Hard:
         for arg in args.get("log_decay", ()):
             x[arg.name] = np.zeros_like(x[arg.name])
 
-    return Hard(frozenset({"unit"}), change)
+    return Hard(frozenset({"unit"}), change, ties=cosine == 1)
 
 
 def _norm(norm: float) -> Hard:
@@ -350,7 +356,7 @@ HARD: Mapping[str, Hard] = {
     "values 0.1": _norm(0.1),
     "values 1": _norm(1.0),
     "values 10": _norm(10.0),
-    "known pairs": Hard(frozenset({"unit"}), _known),
+    "known pairs": Hard(frozenset({"unit"}), _known, ties=True),
 }
 
 
@@ -384,14 +390,10 @@ def draw(setting: Setting, dtype: str) -> Named:
 
 
 def seeds(setting: Setting, dtype: str, x: Mapping[str, np.ndarray]) -> Named:
-    """Gradients of the outputs of a call that ``draw`` made, by name."""
+    """Gradients of the outputs of a call that ``draw`` made, by name; of caches, as long as these may become."""
     spec, options = setting.spec, setting.resolved
     sizes = setting.sizes()
-    cache = next(
-        (x[f"initial.{f.name}"] for f in spec.state(options).fields if _cache(f) and f"initial.{f.name}" in x), None
-    )
-    if cache is not None:
-        sizes = dataclasses.replace(sizes, M=cache.shape[-3])
+    sizes = dataclasses.replace(sizes, M=_rows(spec, options, x, "M"), S=_rows(spec, options, x, "S") + sizes.T)
     flags = Flags(state=setting.flow == "all", checkpoint_every=setting.checkpoint_every * (setting.flow == "all"))
     shapes = outputs(spec, options, sizes, flags, dtype)
     counters = {f.name for f in spec.state(options).fields if f.counter}
@@ -402,8 +404,13 @@ def seeds(setting: Setting, dtype: str, x: Mapping[str, np.ndarray]) -> Named:
     }
 
 
-def _cache(field: Any) -> bool:
-    return "M" in field.axes.split()
+def _rows(spec: MixerSpec, options: Mapping[str, Any], x: Mapping[str, np.ndarray], axis: str) -> int:
+    """How long an axis of a growing state is at the start of a call."""
+    for field in spec.state(options).fields:
+        axes = field.axes.split()
+        if axis in axes and f"initial.{field.name}" in x:
+            return int(x[f"initial.{field.name}"].shape[axes.index(axis) - len(axes)])
+    return 0
 
 
 def generator(seed: int, name: str) -> np.random.Generator:

@@ -57,12 +57,13 @@ def step(
 
 def recall(xp: Any, options: Options, token: Mapping[str, Array], memory: tuple[Array, ...]) -> Array:
     """``scale · Sᵀ q``, with q normalised where the mixer does that."""
-    return read(xp, memory[0], query(xp, options, token["q"]))
+    q = query(xp, options, token["q"])
+    return read_scale(options, q.shape[-1]) * read(xp, memory[0], q)
 
 
 def query(xp: Any, options: Options, q: Array) -> Array:
-    """``scale · q``, q normalised."""
-    return read_scale(options, q.shape[-1]) * (l2_normalise(xp, q) if options["qk_l2norm"] else q)
+    """``q``, normalised where that is asked for."""
+    return l2_normalise(xp, q) if options["qk_l2norm"] else q
 
 
 def _flops(sizes: Sizes, options: Options) -> float:
@@ -90,7 +91,7 @@ def _spec(name: str, summary: str, decay: str, source: str, gates: tuple[Arg, ..
         first=zero_state,
         step=step,
         flops=_gated_flops if gates else _flops,
-        memory=Memory(MATRIX_MEMORY.fields, MATRIX_MEMORY.of, recall, query),
+        memory=Memory(MATRIX_MEMORY.fields, MATRIX_MEMORY.of, recall, query, read_scale),
     )
 
 

@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixers.algebra import device_of, outer, read, softmax, stop
+from mixers.algebra import device_of, more_rows, outer, read, softmax, stop
 from mixers.delta import BETA, delta_rule, gated_delta_rule
 from mixers.linear import KEY, QUERY, SCALAR_DECAY, VALUE, fade, read_scale, scale_option, zero_state
+from mixers.selection import at_least
 from mixers.spec import Arg, Array, Field, MixerSpec, Option, Options, Sizes, StateLayout, choice, real, switch
 
 COSINE_FLOOR = 1e-6
@@ -164,10 +165,9 @@ def decisions(xp: Any, options: Options, token: Mapping[str, Array], score: Arra
         forced = forced != 0
         return xp.broadcast_to(forced[..., None], score.shape) if forced.ndim < score.ndim else forced
     threshold = token.get("threshold")
-    score = xp.astype(stop(score), xp.float32)
     if threshold is None:
-        return score >= float(np.float32(options["threshold"]))
-    return score >= xp.astype(threshold, xp.float32)
+        return at_least(xp, score, float(np.float32(options["threshold"])))
+    return at_least(xp, score, xp.astype(threshold, xp.float32))
 
 
 def lift(xp: Any, score: Array) -> Array:
@@ -299,11 +299,6 @@ def _reserve(options: Options) -> Any:
         return tuple(more_rows(xp, a, tokens) if i in grown else a for i, a in enumerate(state))
 
     return reserve
-
-
-def more_rows(xp: Any, a: Array, rows: int) -> Array:
-    """Zeros behind axis 1."""
-    return xp.concat([a, xp.zeros((a.shape[0], rows, *a.shape[2:]), dtype=a.dtype, **device_of(a))], axis=1)
 
 
 def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:

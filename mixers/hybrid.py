@@ -11,9 +11,11 @@ import math
 from typing import Any
 
 from mixers import ham, reference
-from mixers.algebra import device_of, read, stop, take_rows
+from mixers.algebra import device_of, inverse, read, stop, take_along
 from mixers.call import Call
 from mixers.ham import HAMState, sides, spread
+from mixers.kept_rows import PRIMITIVE as KEPT
+from mixers.kept_rows import kept_rows
 from mixers.mixer import Mixer
 from mixers.packed import PRIMITIVE as PACKED
 from mixers.packed import merge, packed_attention
@@ -22,7 +24,7 @@ from mixers.problem import Arrays
 from mixers.spec import Array, Options
 
 
-def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str) -> Shapes:
+def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str) -> Shapes:
     v, first = x[2], x[5]
     wide = "float64" if dtype == "float64" else "float32"
     return (tuple(v.shape), dtype), (tuple(first.shape), wide), (tuple(v.shape[:3]), wide)
@@ -38,7 +40,7 @@ PREDICTIVE = Primitive(
 )
 """The recurrence that also tells the error of every token's heads, ``[N,T,H]``, by the router that ``how`` names."""
 
-PRIMITIVES = (PACKED, PREDICTIVE)
+PRIMITIVES = (KEPT, PACKED, PREDICTIVE)
 
 
 def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
@@ -147,37 +149,34 @@ def _whole(library: Any, mixer: Mixer, token: dict[str, Array], held: HAMState) 
     q = spread(xp, q, heads)
     scale = ham.logit_scale(options, q.shape[-1])
     rows = _Rows(library, options, held, keep)
-    keys = xp.concat([library.cast(held.keys, library.dtype(k)), k], axis=1)
-    values = xp.concat([library.cast(held.values, library.dtype(value)), value], axis=1)
-    packed_k, packed_v = rows.packed(keys), rows.packed(values)
-    queries = q
+    packed_k, packed_v = rows.packed(library, mixer.backend, (k, value), (held.keys, held.values))
+    seen_k, seen_v, queries = packed_k[:, : rows.most], packed_v[:, : rows.most], q
     if raised is not None:
         # One more number a key: its bias, met by a one among the queries.
         bias = xp.concat([held.bias, library.cast(raised, wide)], axis=1)
         packed_b = rows.packed_plain(bias)
         packed_b = packed_b[..., None, None] if packed_b.ndim == 2 else packed_b[..., None]
-        packed_b = xp.broadcast_to(library.cast(packed_b, library.dtype(k)), (*packed_k.shape[:3], 1))
-        packed_k = xp.concat([packed_k, packed_b], axis=-1)
+        seen_b = library.cast(packed_b[:, : rows.most], library.dtype(k))
+        seen_k = xp.concat([seen_k, xp.broadcast_to(seen_b, (*seen_k.shape[:3], 1))], axis=-1)
         queries = xp.concat([q, xp.full_like(q[..., :1], 1 / scale)], axis=-1)
-    attended, lse = packed_attention(library, mixer.backend, queries, packed_k, packed_v, rows.low, rows.high, scale)
-    attended = library.cast(attended, wide)
+    attended, lse = packed_attention(library, mixer.backend, queries, seen_k, seen_v, rows.low, rows.high, scale)
     if options["include_self"] or options["window"]:
         near = _near(library, options, rows, held, keep, q, k, value, raised, scale)
-        attended = merge(xp, (attended, library.cast(lse, wide)), near)
+        attended = merge(xp, (library.cast(attended, wide), library.cast(lse, wide)), near)
 
-    y = ham.gated(library.cast(y, wide), _wide(library, token.get("gate_rnn"), wide))
-    y = y + ham.gated(attended, _wide(library, token.get("gate_kv"), wide))
-    cache = rows.cache(packed_k[..., : q.shape[-1]], held.keys), rows.cache(packed_v, held.values)
+    # Without gates a sum of two numbers in half precision is rounded once, as it would be of wider ones.
+    y, attended = (
+        x if token.get(gate) is None else ham.gated(library.cast(x, wide), library.cast(token[gate], wide))
+        for x, gate in ((y, "gate_rnn"), (attended, "gate_kv"))
+    )
+    y = y + attended
+    cache = rows.cache(packed_k, held.keys), rows.cache(packed_v, held.values)
     marks = xp.where(keep, rows.ordinal, xp.zeros_like(rows.ordinal))
     window = (_last(xp, held.window_keys, k), _last(xp, held.window_values, value), _last(xp, held.window_marks, marks))
     biases = (held.bias, held.window_bias)
     if raised is not None:
         biases = rows.cache_plain(packed_b, held.bias), _last(xp, held.window_bias, raised)
     return (library.cast(y, dtype), keep, score), (state, *cache, rows.count, *window, *biases)
-
-
-def _wide(library: Any, a: Array | None, dtype: str) -> Array | None:
-    return None if a is None else library.cast(a, dtype)
 
 
 def _last(xp: Any, ring: Array, new: Array) -> Array:
@@ -222,25 +221,28 @@ class _Rows:
             low = xp.where(high > room, high - room, low)
         self.low, self.high = (a if a.ndim == 3 else a[..., None] for a in (low, high))
 
-        # Kept rows first, in the order of their tokens; the rest behind them in no order that matters.
-        place = xp.reshape(xp.arange(tokens, **here), (1, tokens, *(1,) * (before.ndim - 1)))
-        place = xp.astype(place, before.dtype) + xp.zeros_like(running) + room
-        rank = xp.concat([age, place], axis=1)
-        valid = xp.concat([row < cached, keep], axis=1)
-        order = xp.argsort(xp.where(valid, rank, rank + (room + tokens)), axis=1, stable=True)
+        # Where every row of cache and tokens goes to, −1 for nowhere, and from where every gathered row comes. Without
+        # a cap gathered rows are the cache that follows: what holds nothing stays where it is.
+        self.total = high[:, -1]
+        stays = row < cached
+        if not self._cap:
+            stays = stays | (row >= self.total[:, None])
+        nowhere = xp.full_like(running, -1)
+        place = xp.where(keep, cached + running - 1, nowhere)
+        self.place = xp.concat([xp.where(stays, age, xp.full_like(age, -1)), place], axis=1)
         most = library.largest(high)
-        if most is None:
-            most = room + tokens if self._cap else room
-        self._order = order[:, :most]
+        self.most = room + tokens if most is None and self._cap else room if most is None else most
+        self.order = inverse(xp, self.place, self.most if self._cap else room)
 
-    def packed(self, rows: Array) -> Array:
-        """Kept rows of ``[N,M+T,A,E]``, gathered."""
-        order = self._order[..., None] if self._order.ndim == 3 else self._order[..., None, None]
-        return take_rows(self._xp, rows, self._wide(order, rows))
+    def packed(
+        self, library: Any, backend: str, new: tuple[Array, Array], old: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
+        """Kept keys and values, gathered."""
+        return kept_rows(library, backend, new, old, self.order, self.place)
 
     def packed_plain(self, rows: Array) -> Array:
         """Kept rows of ``[N,M+T]`` or ``[N,M+T,H]``, gathered."""
-        return take_rows(self._xp, rows, self._order)
+        return take_along(self._xp, rows, self.order)
 
     def _wide(self, index: Array, rows: Array) -> Array:
         return self._xp.broadcast_to(index, (*index.shape[:2], *rows.shape[2:]))
@@ -251,9 +253,7 @@ class _Rows:
         if not room:
             return old
         if not self._cap:
-            more = room - packed.shape[1]
-            packed = ham.more_rows(xp, packed, more) if more > 0 else packed[:, :room]
-            return self._filled(packed, old)
+            return packed
         if not packed.shape[1]:
             return old
         # Slot s of the ring holds the last token whose number, less one, is s modulo the cap.
@@ -262,9 +262,9 @@ class _Rows:
         ordinal = count - (count - 1 - xp.astype(slot, count.dtype)) % room
         place = ordinal - 1 - self._gone[:, None]
         place = xp.where(ordinal > 0, place, xp.zeros_like(place))
-        index = xp.astype(place, self._order.dtype)
+        index = xp.astype(place, self.order.dtype)
         index = index[..., None] if index.ndim == 3 else index[..., None, None]
-        return self._filled(take_rows(xp, packed, self._wide(index, packed)), old)
+        return self._filled(take_along(xp, packed, self._wide(index, packed)), old)
 
     def cache_plain(self, packed: Array, old: Array) -> Array:
         """The cache that follows, from gathered ``[N,P,A,1]``, as ``[N,M]`` or ``[N,M,H]``."""

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixers.algebra import device_of, like, read, rows_dot, unit_directions
-from mixers.linear import KEY, QUERY, SCALAR_DECAY, VALUE, matrix_state, query, recall
+from mixers.linear import KEY, QUERY, SCALAR_DECAY, VALUE, matrix_state, query, read_scale, recall
 from mixers.spec import Arg, Array, Field, Memory, MixerSpec, Options, Sizes, StateLayout, choice, count, real, switch
 
 
@@ -164,7 +164,7 @@ lattice = MixerSpec(
     first=first_state,
     step=step,
     flops=_flops,
-    memory=Memory((Field("slots", "N H K V"),), slots_of, recall, query),
+    memory=Memory((Field("slots", "N H K V"),), slots_of, recall, query, read_scale),
     adopt=adopt,
     learned=(normalised,),
     spacing=lambda options: options["chunk_size"] * -(-16 // options["chunk_size"]),

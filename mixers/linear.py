@@ -77,15 +77,16 @@ def _matrix(xp: Any, options: Options, token: Mapping[str, Array], state: tuple[
 
 def recall(xp: Any, options: Options, token: Mapping[str, Array], memory: tuple[Array, ...]) -> Array:
     """``scale · Sᵀ q``."""
-    return read(xp, memory[0], query(xp, options, token["q"]))
+    q = token["q"]
+    return read_scale(options, q.shape[-1]) * read(xp, memory[0], q)
 
 
 def query(xp: Any, options: Options, q: Array) -> Array:
-    """``scale · q``."""
-    return read_scale(options, q.shape[-1]) * q
+    """``q`` itself."""
+    return q
 
 
-MATRIX_MEMORY = Memory((Field("state", "N H K V"),), _matrix, recall, query)
+MATRIX_MEMORY = Memory((Field("state", "N H K V"),), _matrix, recall, query, read_scale)
 
 
 def _flops(sizes: Sizes, options: Options) -> float:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixers import attention, delta, lattice, linear, ttt, ttt_mlp
-from mixers.algebra import device_of, like, softmax, stop
+from mixers.algebra import device_of, like, more_rows, softmax, stop
 from mixers.spec import (
     Arg,
     Array,
@@ -326,13 +326,9 @@ def _reserve(options: Options) -> Any:
     def reserve(xp: Any, state: tuple[Array, ...], tokens: int) -> tuple[Array, ...]:
         segment = options["segment"]
         more = tokens.bit_length() if segment == "log" else (segment - 1 + tokens) // segment
-        return tuple(_more_rows(xp, a, more) if inner <= i <= cut else a for i, a in enumerate(state))
+        return tuple(more_rows(xp, a, more) if inner <= i <= cut else a for i, a in enumerate(state))
 
     return reserve
-
-
-def _more_rows(xp: Any, a: Array, rows: int) -> Array:
-    return xp.concat([a, xp.zeros((a.shape[0], rows, *a.shape[2:]), dtype=a.dtype, **device_of(a))], axis=1)
 
 
 def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:
@@ -385,6 +381,7 @@ def _specialised(key: str) -> MixerSpec:
         reserve=_reserve(options),
         learned=base.learned,
         kept=lambda options: (),
+        picks=_picks,
         specialise=specialise,
         chunk=lambda options: base.chunk(base_options),
         timed=_timed if options["segment"] == "log" else None,
@@ -414,6 +411,10 @@ def _flops(sizes: Sizes, options: Options) -> float:
     if options["aggregate"] == "sparse":
         segments = min(segments, options["top_k"])
     return base.flops(sizes, base_options) + 2.0 * sizes.K * sizes.V * segments
+
+
+def _picks(options: Options) -> bool:
+    return bool(options["aggregate"] == "sparse")
 
 
 def _is_segment(value: Any) -> bool:

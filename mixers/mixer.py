@@ -21,7 +21,7 @@ from mixers.autotune import knowledge
 from mixers.autotune.explanation import Explanation
 from mixers.autotune.journal import Decision
 from mixers.autotune.journal import log as decisions
-from mixers.autotune.key import BACKWARD, FORWARD
+from mixers.autotune.key import BACKWARD, FORWARD, key_of
 from mixers.autotune.policy import (
     REFERENCE,
     Asked,
@@ -115,6 +115,7 @@ class Mixer:
         self._plans: dict[Problem, Plan] = {}
         self._plans_in_place: dict[Problem, Plan | None] = {}
         self._shortcuts: dict[Any, Any] = {}
+        self._told: dict[str, tuple[str, Config | None]] = {}
         self._generation = knowledge.generation()
         rest = {"kernel": kernel, "config": config, "batch_invariant": self.batch_invariant, "tune": self.tune}
         self.key = json.dumps(
@@ -417,6 +418,7 @@ class Mixer:
         if self._generation != now:
             self._plans.clear()
             self._shortcuts.clear()
+            self._told.clear()
             self._generation = now
 
     def _kept(self, problem: Problem) -> Plan | None:
@@ -448,7 +450,11 @@ class Mixer:
         return self._plans_in_place[problem]
 
     def _announce(self, problem: Problem, part: str, choice: Choice) -> None:
-        chosen = choice.candidate
+        """Say what was chosen, once: another length or batch is no news while the choice is the same."""
+        chosen, key = choice.candidate, key_of(problem, part)
+        if self._told.get(key) == (chosen.name, chosen.config):
+            return
+        self._told[key] = chosen.name, chosen.config
         source = choice.source or "the first candidate that can"
         decisions.append(Decision(str(problem), part, chosen.name, chosen.config or {}, source))
         if self.asked.backend == "auto" and (self.spec.name, part, chosen.name) not in _announced:

@@ -18,7 +18,7 @@ from mixers.spec import Array
 BLOCK = 256
 
 
-def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str) -> Shapes:
+def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str) -> Shapes:
     q, v = x[0], x[2]
     lse = "float64" if dtype == "float64" else "float32"
     return ((*q.shape[:3], v.shape[3]), dtype), (tuple(q.shape[:3]), lse)

@@ -24,7 +24,7 @@ class Primitive:
         takes: arrays that gradients may reach; any but the first three may be None.
         fixed: arrays that no gradient reaches.
         results: what it returns.
-        shapes: shape and dtype of every result, ``f(x, fixed, dtype)``, ``dtype`` being that of the first array.
+        shapes: shape and dtype of every result, ``f(x, fixed, dtype, how)``, ``dtype`` being that of the first array.
         flows: the results through which gradients come back.
     """
 
@@ -32,7 +32,7 @@ class Primitive:
     takes: tuple[str, ...]
     fixed: tuple[str, ...]
     results: tuple[str, ...]
-    shapes: Callable[[tuple[Array, ...], tuple[Array, ...], str], Shapes]
+    shapes: Callable[[tuple[Array, ...], tuple[Array, ...], str, str], Shapes]
     flows: tuple[str, ...]
 
 

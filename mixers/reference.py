@@ -162,6 +162,8 @@ def _run_pack(
 
 def _joined(xp: Any, spec: MixerSpec, outputs: list[Any]) -> Any:
     """Pieces one after another in time: of ``y``, or of each result."""
+    if len(outputs) == 1:
+        return outputs[0]
     if not spec.results:
         return xp.concat(outputs, axis=1)
     return tuple(xp.concat(list(column), axis=1) for column in zip(*outputs, strict=True))

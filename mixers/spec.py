@@ -193,14 +193,17 @@ class Memory:
         fields: its arrays, in order, one sequence's worth a row ``N``.
         of: ``of(xp, options, token, state)``: the memory of a state; ``token`` holds the parameters.
         recall: ``recall(xp, options, token, memory) -> y``: the mixer's own read of it, any axes before the heads.
-        query: ``query(xp, options, q)``: what the rows of a matrix are weighted with, where the read is ``Sᵀ query``
-            and so linear in the memory: a read of a mixture is the mixture of the reads. None where it is not.
+        query: ``query(xp, options, q)``: what the rows of a matrix are weighted with, where the read is
+            ``scale · Sᵀ query`` and so linear in the memory: a read of a mixture is the mixture of the reads. None
+            where it is not.
+        scale: ``scale(options, key_dim)``.
     """
 
     fields: tuple[Field, ...]
     of: Callable[[Any, Options, Mapping[str, Array], tuple[Array, ...]], tuple[Array, ...]]
     recall: Callable[[Any, Options, Mapping[str, Array], tuple[Array, ...]], Array]
     query: Callable[[Any, Options, Array], Array] | None = None
+    scale: Callable[[Options, int], float] = lambda options, key_dim: 1.0
 
     @property
     def linear(self) -> bool:
@@ -237,6 +240,8 @@ class MixerSpec:
             function ``f(xp, array)`` that turns any real array into a valid one.
         memory: how its states are read by later queries; None where a state is no memory of matrices.
         results: what a step returns behind ``y``, by name; the step then returns ``(y, *results)`` for it.
+        picks: whether, under given options, only the largest of some numbers are read: among equal ones rounding
+            decides.
         specialise: the specification under given options, where inputs or state depend on them.
         chunk: tokens that share a base point: the length of the axis ``C``.
         timed: inputs that follow from the length of a sequence, ``f(xp, tokens, like)``, ``[1, T, ...]`` each.
@@ -270,6 +275,7 @@ class MixerSpec:
     learned: tuple[Callable[[Any, Array], Array], ...] = ()
     memory: Memory | None = None
     results: tuple[str, ...] = ()
+    picks: Callable[[Options], bool] = lambda options: False
     specialise: "Callable[[Options], MixerSpec] | None" = None
     chunk: Callable[[Options], int] = lambda options: int(options.get("chunk_size", 1))
     timed: Callable[[Any, int, Array], dict[str, Array]] | None = None

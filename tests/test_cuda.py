@@ -114,19 +114,23 @@ def programs() -> Iterator[Any]:
     yield from seen.values()
 
 
+# Bytes of local memory that a thread of a float64 kernel may spill: a register holds half a number.
+MOST_SPILLED = 1024
+
+
 @on_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @each_mixer
-def test_registers_hold_the_state(name: str) -> None:
-    """In local memory, which is slow, there is no tile of a state, in any kernel that bfloat16 or float32 loads."""
+def test_registers_hold_the_state(name: str, dtype: str) -> None:
+    """In local memory, which is slow, there is no tile of a state, but for what float64 spills."""
     for program in programs():
-        program.functions.clear()  # other tests' kernels have other widths and dtypes, and float64 may spill
-    for dtype in ("bfloat16", "float32"):
-        losses(mixers.get(name, backend="cuda"), inputs(name, 2, 70, width=64, dtype=dtype))
+        program.functions.clear()  # other tests' kernels have other widths
+    losses(mixers.get(name, backend="cuda"), inputs(name, 2, 70, width=64, dtype=dtype))
     for program in programs():
         for (_, chosen, *_), function in program.functions.items():
             constants, usage = dict(chosen), function.usage(0)
-            tile = 4 * constants.get("rows", 1) * constants.get("columns", 1)
-            assert usage.local_bytes < tile and usage.registers <= 255, (program.module, chosen, usage)
+            most = 4 * constants.get("rows", 1) * constants.get("columns", 1) if dtype != "float64" else MOST_SPILLED
+            assert usage.local_bytes < most and usage.registers <= 255, (program.module, chosen, usage)
 
 
 FIRST_CALL = """

@@ -1,5 +1,6 @@
 """JAX arrays: kernels and the reference under JAX's transformations."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -40,8 +41,8 @@ def test_jit_grad_and_vmap_agree_with_numpy(name: str) -> None:
     alone = jax.vmap(lambda x: mix(**{n: a[None] for n, a in x.items()}).y[0])(x)
     np.testing.assert_allclose(alone, wanted, rtol=0, atol=1e-5)
 
-    # A step along the gradient, so that jit of grad is what runs, changes a sum by the gradient's square.
-    gradient = jax.jit(jax.grad(lambda x: mix(**x).y.sum()))(x)
+    # A step along the gradient changes a sum by the gradient's square.
+    gradient = jax.grad(lambda x: mix(**x).y.sum())(x)
     assert set(gradient) == set(x)
     square = sum(float(jnp.sum(g * g)) for g in gradient.values())
     step = 1e-2 / square**0.5
@@ -107,7 +108,10 @@ def test_auto_finds_what_takes_jax_arrays(name: str) -> None:
 
 # Kernels. Each of these costs XLA seconds, so a mixer or two stand for all: the laws have the rest.
 
-KERNELS = [("jax", "lattice"), ("jax", "delta_rule"), ("numba", "lattice")]
+KERNELS = [
+    *[("jax", "lattice"), ("jax", "delta_rule"), ("numba", "lattice")],
+    *(pytest.param("triton", name, marks=pytest.mark.gpu) for name in ("lattice", "delta_rule")),
+]
 
 
 @pytest.mark.parametrize(("backend", "name"), KERNELS)
@@ -124,7 +128,7 @@ def test_kernels_under_transformations(backend: str, name: str) -> None:
 
     gradient = jax.jit(jax.grad(jax.checkpoint(loss)))
     got = gradient(x)
-    wanted = jax.jit(jax.grad(lambda x: jnp.sum(reference(**x).y ** 2)))(x)
+    wanted = jax.grad(lambda x: jnp.sum(reference(**x).y ** 2))(x)
     for name_, g in wanted.items():
         np.testing.assert_allclose(got[name_], g, rtol=0, atol=2e-5)
     before = len(traces)
@@ -133,8 +137,22 @@ def test_kernels_under_transformations(backend: str, name: str) -> None:
 
     alone = jax.vmap(lambda x: mix(**{n: a[None] for n, a in x.items()}).y[0])(x)
     np.testing.assert_allclose(alone, reference(**x).y, rtol=0, atol=2e-5)
+    mesh, heads = jax.sharding.Mesh(jax.devices()[:1], ("h",)), jax.sharding.PartitionSpec(None, None, "h")
+    whole = {n: jnp.repeat(a, 2, axis=2) if n in ("q", "k") else a for n, a in x.items()}
+    run = jax.shard_map(lambda x: mix(**x).y, mesh=mesh, in_specs=(dict.fromkeys(x, heads),), out_specs=heads)
+    np.testing.assert_allclose(jax.jit(run)(whole), reference(**x).y, rtol=0, atol=2e-5)
     shapes = jax.eval_shape(lambda x: mix(**x), x)
     assert (shapes.y.shape, shapes.state.shape) == (x["v"].shape, (2, 2, 3, 4))
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "lattice", "ttt_linear"])
+def test_what_is_compiled_does_not_grow_with_length(name: str) -> None:
+    """Forward and backward of a kernel are one body, however many chunks there are."""
+    mix, sizes = mixers.get(name, backend="jax"), []
+    for tokens in (256, 4096):
+        x = {n: jax.ShapeDtypeStruct((1, tokens, *a.shape[2:]), a.dtype) for n, a in inputs(name).items()}
+        sizes.append(len(str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(mix(**x).y)))(x))))
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 def test_kernels_take_traced_offsets() -> None:
@@ -181,12 +199,82 @@ for backend in ("jax", "numba"):
 
 def test_shard_map_and_the_ring_equal_one_device() -> None:
     """Four simulated devices: over batch and heads, and over the tokens of one sequence."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=os.environ | flags | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    run_alone(SHARDED, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"})
+
+
+INTERPRETED = """
+import ctypes, jax, jax.numpy as jnp, numba, numpy as np, mixers
+from mixers.arrays import ffi
+from mixers.backends.triton import xla
+from tests.test_jax import inputs
+
+def agree(name, x, **given):
+    mix, reference = (mixers.get(name, backend=b, **option) for b in ("triton", "reference"))
+    wanted = reference(**x, **given)
+    got = jax.jit(lambda x: mix(**x, **given))(x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    square = lambda mix: lambda x: jnp.sum(mix(**x, **given).y ** 2)
+    got, wanted = (jax.grad(square(m))(x) for m in (mix, reference))
+    for n in x:
+        np.testing.assert_allclose(got[n], wanted[n], rtol=0, atol=2e-4)
+
+option = {}
+agree("delta_rule", inputs("delta_rule"))
+option = {"chunk_size": 2}
+agree("lattice", inputs("lattice", batch=1, tokens=7), cu_seqlens=np.asarray([0, 4, 4, 7]))
+
+# The handler, with C functions in the driver's place: zeros into one array, then twice the other.
+calls = []
+
+@numba.njit
+def stream_of(frame):
+    return 7
+
+def start(kernel, x, y, z, threads, one, two, shared, stream, pointers, none):
+    places = (ctypes.c_int64 * 3).from_address(pointers)
+    source, target, number = (ctypes.c_int64.from_address(place).value for place in places)
+    calls.append((kernel, x, y, z, threads, shared, stream, number))
+    ctypes.c_float.from_address(target + 4).value = 2 * ctypes.c_float.from_address(source).value
+    return 0
+
+def fill(target, value, size, stream):
+    ctypes.memset(target, value, size)
+    return 0
+
+functions = xla._Start(start), xla._Fill(fill)
+handler = xla.handler(*functions, stream_of)
+ffi.register("played", handler, "cpu")
+xla._kernels[99] = 99, 1234
+x = jnp.asarray([1.0, 3.0, 5.0])
+
+def run(kernel):
+    launches = [2, 0, 1, 0, 12, 1, kernel, 5, 1, 1, 128, 64, 3, 0, 4, 1, 0, -1, -6]
+    return jax.ffi.ffi_call("played", jax.typeof(x))(x, launches=np.asarray(launches))
+
+np.testing.assert_array_equal(jax.jit(run, static_argnums=0)(99), [0, 6, 0])
+assert calls == [(1234, 5, 1, 1, 128, 64, 7, -6)]
+try:
+    run(98).block_until_ready()
+except jax.errors.JaxRuntimeError as error:
+    assert "a Triton kernel did not start" in str(error)
+else:
+    raise AssertionError("an unknown kernel started")
+"""
+
+
+def test_triton_kernels_inside_of_xla_programs() -> None:
+    """Traced as for a GPU, and run by Triton's interpreter; the handler, with a driver that is played."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "triton")):
+        pytest.skip("needs torch and Triton")
+    run_alone(INTERPRETED, {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"})
+
+
+def run_alone(program: str, environment: dict[str, str]) -> None:
+    """Run Python in a process of its own."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | environment | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -48,5 +48,9 @@ class CudaBackend:
         """All kernels, in order of preference."""
         return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
 
+    def compile_only(self, capability: int) -> None:
+        """See ``mixers.backend.Backend``; as far as PTX."""
+        import_module(".ahead", __package__).compile_only(capability)
+
 
 backend = CudaBackend()

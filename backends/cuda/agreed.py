@@ -19,8 +19,16 @@ def shares(count, first, last):
     return kept, tuple(chosen)
 
 
+def forward_numbers(*, rows, columns, lanes, warps, carriers, tile, per_slot):
+    """How many numbers of shared memory a block takes: two tiles of tokens and of their reads, sums, what a turn is."""
+    keys, values = rows * (WARP // lanes) * warps, columns * lanes
+    tokens = 2 * keys + values + (keys if per_slot else 1) + 1
+    return 2 * tile * (tokens + warps * values) + 2 * warps * values + 3 * keys
+
+
 def backward_numbers(*, rows, columns, lanes, warps, segment, per_slot, near):
     """How many numbers of shared memory a block takes: a segment's tokens, and sums over warps."""
     keys, values = rows * (WARP // lanes) * warps, columns * lanes
     states = segment * rows * columns * warps * WARP if near else 0
-    return states + segment * (4 * keys + 2 * values + (keys if per_slot else 1) + 1) + 2 * warps * (values + 2) + 4
+    tokens = 4 * keys + 2 * values + (keys if per_slot else 1) + 1
+    return states + segment * tokens + 2 * warps * values + 12 * keys + 4

@@ -8,6 +8,7 @@
     rsqrt(x)                      1/√x
     fma(x, y, z)                  x y + z, rounded once
     base = shared_place(array)    where a shared array lies, worked out once and kept in a register
+    onward(real)(base, index)     the address of its index-th number, kept in a register too
     get(real, 4)(base, i)         four neighbours of it as a tuple, i a multiple of 4; so for 2 and 1
     put(real)(base, i, x)         one of them; put_four(real)(base, i, a, b, c, d)
     read_four(real)(address, i)   four neighbours of global memory, i a multiple of 4 and 16 bytes for each; write_four
@@ -25,7 +26,7 @@ from .agreed import shares
 from .source import intrinsic
 
 if SIMULATED:
-    from .simulated import _cell, _lanes, load
+    from .simulated import _cell, _lanes, load, warp_barrier
 else:
     from llvmlite import ir
     from numba.core import cgutils, types
@@ -108,9 +109,9 @@ def _unfold_simulated(count, first, last):
         for bit, _ in reversed(chosen):
             own = [array[i] for i in range(have)]
             _lanes[lane] = own
-            thread.syncthreads()
+            warp_barrier()
             other = _lanes[lane ^ 1 << bit]
-            thread.syncthreads()
+            warp_barrier()
             low, high = (other, own) if lane >> bit & 1 else (own, other)
             for i in range(have):
                 array[i], array[have + i] = low[i], high[i]
@@ -125,9 +126,9 @@ def _fold_simulated(count, first, last):
         lane, kept = thread.threadIdx.x, count
         for bit in range(first, last):
             _lanes[lane] = [array[i] for i in range(kept)]
-            thread.syncthreads()
+            warp_barrier()
             other = _lanes[lane ^ 1 << bit]
-            thread.syncthreads()
+            warp_barrier()
             offset = 0
             if kept % 2 == 0:
                 kept //= 2
@@ -153,13 +154,13 @@ def unfold(count, first, last):
 if SIMULATED:
 
     def any_lane(flag):
-        """A vote of a warp, which is a block's only one where its outcome decides who meets at a barrier."""
+        """A vote of a warp."""
         thread = threading.current_thread()
         lane = thread.threadIdx.x
         _lanes[lane] = bool(flag)
-        thread.syncthreads()
+        warp_barrier()
         found = any(_lanes[lane // WARP * WARP + i] for i in range(WARP))
-        thread.syncthreads()
+        warp_barrier()
         return found
 
     def rsqrt(x):
@@ -177,6 +178,10 @@ if SIMULATED:
     def shared_place(array):
         """The array itself."""
         return array
+
+    def onward(real):
+        """See the module: the rest of the array."""
+        return lambda base, index: base[index:]
 
     @functools.cache
     def get(real, count):
@@ -314,13 +319,27 @@ else:
         """The address of a shared array in its own space; left to itself, the compiler asks for it at every access."""
 
         def emit(context, builder, signature, values):
-            word = ir.IntType(32)
             data = context.make_array(signature.args[0])(context, builder, values[0]).data
             place = builder.addrspacecast(data, ir.PointerType(data.type.pointee, 3))
+            word = ir.IntType(32)
             move = ir.InlineAsm(ir.FunctionType(word, [word]), "mov.u32 $0, $1;", "=r,r", side_effect=True)
             return builder.call(move, [builder.ptrtoint(place, word)])
 
         return types.int32(array), emit
+
+    @functools.cache
+    def onward(real):
+        """See the module: what a lane gets from itself, no compiler knows how to work out again."""
+
+        @intrinsic
+        def there(typing_context, base, index):
+            def emit(context, builder, signature, values):
+                size = ir.Constant(ir.IntType(32), _BITS[real] // 8)
+                return _from_lane(builder, builder.add(values[0], builder.mul(values[1], size)), 0)
+
+            return types.int32(types.int32, types.int32), emit
+
+        return there
 
     def _shared(builder, base, index, real, count):
         """A vector of shared memory, and its alignment."""

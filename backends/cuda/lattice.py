@@ -3,9 +3,11 @@
     q, k [B,T,G,K]   v, y [B,T,H,V]   beta [B,T,H] or [B,T,H,K]   log_decay [B,T,H]   S [N,H,K,V]
 
 A configuration lays one head's slots over a block: ``warps`` share the slots out, a lane holds ``rows`` slots by
-``columns`` values, ``lanes`` of them lie along the values; ``tile`` tokens at a time come through shared memory.
+``columns`` values, ``lanes`` of them lie along the values; ``carriers`` are more warps, which bring ``tile`` tokens at
+a time to shared memory.
 """
 
+import math
 from typing import Any
 
 from mixers.backend import Config, Pool, Support
@@ -13,7 +15,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from . import WARP
-from .agreed import OBJECTIVES, backward_numbers, shares
+from .agreed import OBJECTIVES, backward_numbers, forward_numbers, shares
 from .arrays import SIZES, empty, kind, place
 from .delta import gather
 from .kernel import PROCESSORS, CudaKernel, blank_unused
@@ -26,6 +28,9 @@ BACKWARD = Program("lattice_backward")
 MOST_CELLS = {2: 64, 4: 64, 8: 64, 16: 32} if WARP == 32 else {1: 1 << 20}
 LANES = (8, 4, 16, 2) if WARP == 32 else (2,)
 
+# Warps that bring tokens and take reads away, beside those that hold slots.
+MOST_CARRIERS = 4 if WARP == 32 else 1
+
 # Cells that a thread of the backward holds, which has every slot twice: the first that there is a layout for, of so few
 # warps that a thread may have all the registers that there are for one.
 FEW_CELLS, FEW_WARPS = (16, 32, 64), 8
@@ -33,16 +38,13 @@ FEW_CELLS, FEW_WARPS = (16, 32, 64), 8
 # Registers of a multiprocessor, and the blocks that are to share them where there are many heads, none too large.
 REGISTERS, CROWD, MOST_OF_A_CROWD = 65536, 4, 4096
 
-# Bytes of shared memory that a kernel has without asking for more.
-SHARED = 48 * 1024
-
 # Tokens whose slots a backward computes again at a time, whether these wait in shared memory, and how much there is.
 SEGMENTS = ((12, True), (8, True), (8, False), (4, False))
 MOST_SHARED = 224 * 1024
 
 
 def layouts(problem: Problem) -> list[dict[str, int]]:
-    """Every configuration that holds a head in a block's registers, the likeliest first."""
+    """Every way to hold a head in a block's registers."""
     _, _, key_dim, value_dim = problem.widths
     double = problem.compute_dtype == "float64"
     found = []
@@ -51,9 +53,17 @@ def layouts(problem: Problem) -> list[dict[str, int]]:
             rows = -(-key_dim // (WARP // lanes * warps))
             columns = aligned(4 * -(-value_dim // (4 * lanes)), lanes)
             if rows * columns <= most // (2 if double else 1):
-                config = {"rows": rows, "columns": columns, "lanes": lanes, "warps": warps, "tile": 4}
-                if shared(problem, config, 1) <= SHARED:
-                    found.append(config)
+                found.append({"rows": rows, "columns": columns, "lanes": lanes, "warps": warps})
+    return found
+
+
+def configs(problem: Problem) -> list[dict[str, int]]:
+    """Every configuration of the forward, the likeliest first."""
+    found = []
+    for layout in layouts(problem):
+        config = layout | {"carriers": MOST_CARRIERS if layout["warps"] > 2 else 1, "tile": 4}
+        if shared(problem, config) <= MOST_SHARED:
+            found.append(config)
     return sorted(found, key=lambda config: _cost(problem, config))
 
 
@@ -70,20 +80,21 @@ def crowded(problem: Problem) -> bool:
 
 
 def _cost(problem: Problem, config: Config) -> float:
-    """Roughly the cycles of a token: work on the slots, exchanges between lanes, sums over warps."""
+    """Roughly the instructions of a token, of every warp, or of those that one scheduler has: a head has them in turns.
+
+    Six a number of a slot; sums over warps, and over lanes, which fold; what a lane works out for its own slots.
+    """
     rows, columns, lanes, warps = (config[name] for name in ("rows", "columns", "lanes", "warps"))
-    along, across = lanes.bit_length() - 1, (WARP // lanes).bit_length() - 1
-    work = 7 * rows * columns + 25 * rows + 2 * (2 * rows + 1) * along + 10 * columns + 2 * columns * warps
-    return work * warps if crowded(problem) else work * max(1, warps / 4) + 30 * (along + across)
+    slots = WARP // lanes
+    folds = 8 * columns * (1 - 1 / slots) + 8 * rows * (1 - 1 / min(rows, lanes)) + 4 * math.log2(max(1, lanes / rows))
+    work = 6 * rows * columns + 1.25 * columns * warps + folds + rows + 70
+    return work * warps if crowded(problem) else work * max(1, warps / 4)
 
 
-def shared(problem: Problem, config: Config, together: int) -> int:
-    """Bytes of shared memory that a block takes."""
-    rows, columns, lanes, warps, tile = (config[name] for name in ("rows", "columns", "lanes", "warps", "tile"))
-    keys, values = rows * (WARP // lanes) * warps, columns * lanes
-    strengths = keys if problem.layout("beta") == "B T H K" else 1
-    numbers = 2 * tile * (2 * keys + strengths + values + 1) + 2 * warps * values * (1 + together)
-    return numbers * (8 if problem.compute_dtype == "float64" else 4)
+def shared(problem: Problem, config: Config) -> int:
+    """Bytes of shared memory that a block of the forward takes."""
+    per_slot = problem.layout("beta") == "B T H K"
+    return forward_numbers(**config, per_slot=per_slot) * SIZES[problem.compute_dtype]
 
 
 class LatticeRecurrent(CudaKernel):
@@ -98,7 +109,7 @@ class LatticeRecurrent(CudaKernel):
         """The exact recurrence, of slots that fit in the registers of a block."""
         if problem.option["chunk_size"] != 1:
             return Support.no(f"runs chunk_size=1, and chunk_size is {problem.option['chunk_size']}")
-        if not layouts(problem):
+        if not configs(problem):
             _, _, key_dim, value_dim = problem.widths
             most = 64 if problem.compute_dtype == "float64" else 128
             return Support.no(
@@ -113,7 +124,7 @@ class LatticeRecurrent(CudaKernel):
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """The likeliest first."""
-        return tuple(layouts(problem))
+        return tuple(configs(problem))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""
@@ -179,11 +190,9 @@ def run_forward(
     """Queue the forward: from the slots ``origin`` to ``final``, filling what else is given."""
     s, real = problem.sizes, problem.compute_dtype
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
-    together = next(n for n in (4, 2, 1) if shared(problem, config, n) <= SHARED)
     chosen = constants(
         shape_of(problem, config, x)
         | {
-            "together": together,
             "source": kind(origin),
             "target": kind(final) or real,
             "marked": checkpoints is not None,
@@ -200,10 +209,11 @@ def run_forward(
         *place(slots, 1), *place(out_slots, 1), *place(fresh, 1), *place(x["offsets"], 0), *place(kept, 0),
         *place(measured, 0), s.K, s.V, s.T, problem.flags.checkpoint_every, spacing, s.H, s.H // s.G,
     )  # fmt: skip
-    threads = config["warps"] * WARP
-    few = config["rows"] * config["columns"] * threads <= MOST_OF_A_CROWD and real == "float32"
+    threads = (config["warps"] + config["carriers"]) * WARP
+    few = config["rows"] * config["columns"] * config["warps"] * WARP <= MOST_OF_A_CROWD and real == "float32"
     registers = REGISTERS // (CROWD * threads) if few and crowded(problem) else 0
-    FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), 0, registers)
+    held = shared(problem, config)
+    FORWARD(x["q"], chosen, s.N * s.H, threads, numbers, (problem.option["scale"],), held, registers)
 
 
 def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
@@ -212,26 +222,25 @@ def backward_layout(problem: Problem) -> tuple[dict[str, int], int, bool]:
     found = layouts(problem)
     some = [(c["rows"] * c["columns"] * (2 if double else 1), c) for c in found if c["warps"] <= FEW_WARPS]
     fits = [[c for cells, c in some if cells <= most] for most in FEW_CELLS]
-    config = next((min(few, key=lambda c: abs(c["lanes"] - 8)) for few in fits if few), found[0])
-    shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
+    shape = next((min(few, key=lambda c: abs(c["lanes"] - 8)) for few in fits if few), found[0])
     per_slot = problem.layout("beta") == "B T H K"
     size = 8 if double else 4
     for segment, near in SEGMENTS:
         if backward_numbers(**shape, segment=segment, per_slot=per_slot, near=near) * size <= MOST_SHARED:
             break
-    return config, segment, near
+    return shape, segment, near
 
 
 def run_backward(problem: Problem, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     """Queue the backward."""
     s, real, q = problem.sizes, problem.compute_dtype, x["q"]
-    config, segment, near = backward_layout(problem)
-    shape = {name: config[name] for name in ("rows", "columns", "lanes", "warps")}
-    threads, heads, tokens = config["warps"] * WARP, s.N * s.H, s.B * s.T
-    cells = threads * config["rows"] * config["columns"]
-    kept = empty(((tokens // segment + s.N) * s.H * cells,), real, q)
+    shape, segment, near = backward_layout(problem)
+    threads, heads, tokens = shape["warps"] * WARP, s.N * s.H, s.B * s.T
+    cells = threads * shape["rows"] * shape["columns"]
+    kept = empty(((tokens // segment + s.N) * s.H * s.K * (-(-s.V // 4) * 4),), real, q)
     measured = empty((tokens * s.H * (2 * s.K + s.V),), real, q)
     scratch = empty((0 if near else heads * segment * cells,), real, q)
+    config = configs(problem)[0]
     run_forward(problem, config, x, x["initial.state"], None, kept=kept, measured=measured, spacing=segment)
 
     # Heads that share a key leave their parts of its gradient, to be added up.

@@ -9,7 +9,9 @@ what a compiler may or may not contract.
 
 A block has one head. A warp has ``rows · M`` slots: a lane holds ``rows`` slots by ``columns`` values of them in
 registers, ``M`` neighbouring lanes lie along the slots, ``L = lanes`` along the values. So a_i, r_i are sums over
-lanes, without a barrier; what is summed over slots (the read, the prediction Sᵀk) meets in shared memory.
+lanes, without a barrier: they are folded, so that a lane is left with those of one slot or few, its own, works out
+their ρ and α alone and leaves these in shared memory for its warp. What is summed over slots (the read, the prediction
+Sᵀk) meets in shared memory.
 
 The chain from token to token is a, then n, then the next token's prediction, taken from the slots as they were,
 
@@ -21,8 +23,8 @@ itself, and always so where a decay may leave little of a slot; then coefficient
 max(|w|, |c| ‖h‖), for μ² may underflow where μ does not. Slots and values that only fill a tile up are unit vectors
 that no key reaches.
 
-Tokens come through shared memory a tile at a time, loaded while the tile before is worked on. There is one barrier a
-token.
+Other warps, the carriers, bring tokens to shared memory a tile at a time, while the tile before is worked on, and add
+up and write what has been read: nothing of that stands between two tokens. There is one barrier a token.
 
     slot of row r      rows M w + rows m + r            value of column j      4 L (j // 4) + 4 band + j % 4
 
@@ -34,10 +36,11 @@ import math
 import numpy as np
 
 from .agreed import DECODING, ENCODING, shares
-from .device import WARP, load, store, sum_lanes
-from .folds import any_lane, fma, fold, get, later, put, rsqrt, shared_place, write_four
+from .arrays import SIZES
+from .device import WARP, load, store, sum_lanes, warp_barrier
+from .folds import any_lane, fma, fold, get, later, onward, put, rsqrt, shared_place, write_four
 from .lattice_slots import direction
-from .place import marks_before, seat, span
+from .place import aligned, for_device, marks_before, own_rows, seat, span
 from .source import cuda
 
 # ‖s̃‖² is measured where the terms of its formula are so many times larger than it.
@@ -45,36 +48,39 @@ _CANCELS = 16.0
 
 
 def build(
-    *, rows, columns, lanes, warps, tile, together, objective, read_norm, real, kind, beta, per_slot, gated, decay,
+    *, rows, columns, lanes, warps, carriers, tile, objective, read_norm, real, kind, beta, per_slot, gated, decay,
     first, source, target, marked, marks, slots, out_slots, fresh, reads, keeps,
 ):  # fmt: skip
     """The kernel.
 
     ``beta``, ``decay``, ``first``, ``source``, ``target``, ``marks``, ``slots``, ``out_slots`` and ``fresh`` are dtypes
-    of arrays. ``reads``: fill ``y``, ``together`` tokens at a time. ``marked``: there are checkpoints. ``keeps``: leave
-    for a backward the slots before every ``spacing``-th token, and a, 1/n and h of every token.
+    of arrays. ``reads``: fill ``y``. ``marked``: there are checkpoints. ``keeps``: leave for a backward the slots
+    before every ``spacing``-th token, and a, 1/n and h of every token.
     """
     R, C, L, W, M = rows, columns, lanes, warps, WARP // lanes
     BITS, ALL_BITS = M.bit_length() - 1, WARP.bit_length() - 1
-    KP, VP, THREADS, CELLS = R * M * W, C * L, W * WARP, R * C
+    KP, VP, THREADS, CARRIERS, CELLS = R * M * W, C * L, W * WARP, carriers * WARP, R * C
     OWN, seated = shares(C, 0, BITS)[0], seat(rows, columns, lanes)
+    OWN_ROWS, owned = own_rows(rows, lanes)
     WIDE, ROW = C // 4, math.gcd(R, 4)
     DECODES, ENCODES, GATED, PER_SLOT = objective == DECODING, objective == ENCODING, gated, per_slot
     READS, KEEPS, MARKS, READ_NORM = reads, keeps, marked, read_norm
-    RING, TOGETHER, OUTS = 2 * tile, together, 2 * together
+    RING = 2 * tile
     BP = KP if per_slot else 1
     QUERIES, VALUES, PARTS = RING * KP, 2 * RING * KP, 2 * RING * KP + RING * VP
-    OUTS_AT = PARTS + 2 * W * VP
-    BETAS = OUTS_AT + (OUTS * W * VP if reads else 0)
+    TURNS = PARTS + 2 * W * VP
+    PULLS, NORMS = TURNS + KP, TURNS + 2 * KP
+    OUTS = NORMS + (0 if read_norm else KP)
+    BETAS = OUTS + (RING * W * VP if reads else 0)
     FADES = BETAS + RING * BP
-    ALL = FADES + RING
-    SOME_K, SOME_V, SOME_B = -(-tile * KP // THREADS), -(-tile * VP // THREADS), -(-tile * BP // THREADS)
-    SOME_Y = -(-together * VP // THREADS)
-    FULL_K, FULL_V, FULL_B = tile * KP % THREADS == 0, tile * VP % THREADS == 0, tile * BP % THREADS == 0
-    number = np.dtype(real).type
+    PK, PV, PB = (1 << (n - 1).bit_length() for n in (KP, VP, BP))
+    SOME_K, SOME_V, SOME_B = (-(-tile * n // CARRIERS) for n in (PK, PV, PB))
+    BYTES, BYTES_B = SIZES[kind], SIZES[beta]
+    element = np.dtype(real)
+    number = element.type
     zero, one, two, many = number(0), number(1), number(2), number(_CANCELS)
-    along, across = sum_lanes(BITS, ALL_BITS), fold(C, 0, BITS)
-    take_rows, take_four, take, leave = get(real, ROW), get(real, 4), get(real, 1), put(real)
+    along, along_all, across = sum_lanes(BITS, ALL_BITS), fold(R, BITS, ALL_BITS), fold(C, 0, BITS)
+    take_rows, take_four, take, leave, on = get(real, ROW), get(real, 4), get(real, 1), put(real), onward(real)
     read, widen, bits = later(kind, real)
     read_beta, widen_beta, beta_bits = later(beta, real)
     read_decay, widen_decay, decay_bits = later(decay, real)
@@ -84,6 +90,69 @@ def build(
     write_target, write_mark, write_real = store(target), store(marks), store(real)
     read_slot, read_out_slot, read_fresh = load(slots), load(out_slots), load(fresh)
 
+    @for_device
+    def publish(at_own, own_w, own_c, own_norm, inverse):
+        """How far a lane's own slots turn, for the lanes that have these slots too."""
+        for i in range(OWN_ROWS):
+            leave(at_own, TURNS + i, own_w[i] * inverse[i])
+            leave(at_own, PULLS + i, own_c[i] * inverse[i])
+            if not READ_NORM:
+                leave(at_own, NORMS + i, own_norm[i])
+        warp_barrier()
+
+    @for_device
+    def measure(at_rows, at_own, s, h, sizes, own_w, own_c, own_norm, inverse):
+        """‖s̃‖² itself, where it is not its formula."""
+        publish(at_own, own_w, own_c, own_norm, inverse)
+        for i in range(R):
+            size, of_s, of_h = zero, take(at_rows, TURNS + i)[0], take(at_rows, PULLS + i)[0]
+            for j in range(C):
+                turned = of_s * s[i * C + j] + of_h * h[j]
+                size += turned * turned
+            sizes[i] = size
+        along_all(sizes)
+        warp_barrier()
+        for i in range(OWN_ROWS):
+            over = rsqrt(sizes[i]) if sizes[i] > zero else zero
+            own_norm[i] *= sizes[i] * over
+            inverse[i] *= over
+
+    @for_device
+    def predict(at_part, to, ahead, rho, alpha, s, h, sums):
+        """What the slots, once turned, predict of the next token."""
+        if GATED:
+            for j in range(C):
+                sums[j] = zero
+            for i in range(R):
+                for j in range(C):
+                    sums[j] += ahead[i] * s[i * C + j]
+        else:
+            pull = zero
+            for i in range(R):
+                pull += ahead[i] * alpha[i]
+            for j in range(C):
+                sums[j] = pull * h[j]
+            for i in range(R):
+                weight = ahead[i] * rho[i]
+                for j in range(C):
+                    sums[j] += weight * s[i * C + j]
+        across(sums)
+        for j in range(OWN):
+            leave(at_part, to + j // 4 * 4 * L + j % 4, sums[j])
+
+    @for_device
+    def learn(at_rows, rho, alpha, norm):
+        """What ``publish`` has left, of a lane's slots."""
+        for x in range(R // ROW):
+            turns = take_rows(at_rows, TURNS + ROW * x)
+            pulls = take_rows(at_rows, PULLS + ROW * x)
+            for i in range(ROW):
+                rho[ROW * x + i], alpha[ROW * x + i] = turns[i], pulls[i]
+            if not READ_NORM:
+                norms = take_rows(at_rows, NORMS + ROW * x)
+                for i in range(ROW):
+                    norm[ROW * x + i] = norms[i]
+
     def kernel(
         q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, beta, beta_b, beta_t, beta_h, beta_d,
         g, g_b, g_t, g_h, initial, initial_n, initial_h, initial_k, initial_v,
@@ -91,52 +160,140 @@ def build(
         y, checkpoints, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n, offsets, kept, measured,
         K, V, tokens, every, spacing, heads, group, scale: float,
     ):  # fmt: skip
-        held = shared_place(cuda.shared.array(ALL, number))
+        held = shared_place(cuda.shared.array(0, element))
         thread = np.int32(cuda.threadIdx.x)
-        warp, _, m, band, row0, column0, mine = seated(thread)
-
         item = np.int32(cuda.blockIdx.x)
         n = np.int64(item // np.int32(heads))
         head = np.int64(item) - n * heads
-        key_head = np.int64(np.int32(head) // np.int32(group))
         batch, start, length = span(offsets, n, tokens)
+        row_at = batch * tokens + start
 
         # Where slots come from, and where they go.
         came, goes = n, n
         if slots != 0:
             came, goes = read_slot(slots, n * slots_n), read_out_slot(out_slots, n * out_slots_n)
         real_slot = came >= 0
+
+        if thread >= THREADS:
+            # Carriers: a tile from memory to registers, and from these to shared memory a barrier before it is read.
+            thread -= np.int32(THREADS)
+            key_head = np.int64(np.int32(head) // np.int32(group))
+            q_at = batch * q_b + start * q_t + key_head * q_h
+            k_at = batch * k_b + start * k_t + key_head * k_h
+            v_at = batch * v_b + start * v_t + head * v_h
+            beta_at = batch * beta_b + start * beta_t + head * beta_h
+            g_at = batch * g_b + start * g_t + head * g_h
+            y_at = (row_at * heads + head) * V
+            gain = number(scale)
+            some_k = cuda.local.array(SOME_K, bits)
+            some_q = cuda.local.array(SOME_K, bits)
+            some_v = cuda.local.array(SOME_V, bits)
+            some_b = cuda.local.array(SOME_B, beta_bits)
+            some_g = no_decay
+
+            # The first token and row of a carrier's numbers; from one to the next is as far for every carrier.
+            token_k, row = thread // np.int32(PK), thread % np.int32(PK)
+            token_v, column = thread // np.int32(PV), thread % np.int32(PV)
+            token_b, row_b = thread // np.int32(PB), thread % np.int32(PB)
+            from_k = k + BYTES * (k_at + token_k * k_t + row * k_d)
+            from_q = q + BYTES * (q_at + token_k * q_t + row * q_d)
+            from_v = v + BYTES * (v_at + token_v * v_t + column * v_d)
+            from_b = beta + BYTES_B * (beta_at + token_b * beta_t + row_b * beta_d)
+            step_k, step_q, step_v, step_b = BYTES * k_t, BYTES * q_t, BYTES * v_t, BYTES_B * beta_t
+            to_y = y_at + token_v * heads * V + column
+            to_k, to_v = on(held, token_k * np.int32(KP) + row), on(held, token_v * np.int32(VP) + column)
+            to_b, of_y = on(held, token_b * np.int32(BP) + row_b), on(held, token_v * np.int32(W * VP) + column)
+
+            for tick in range(-tile, length + 1):
+                u = np.int32(tick) & np.int32(tile - 1)
+                if tick >= 0:
+                    cuda.syncthreads()
+                ahead = tick + tile - u
+                if u == 0:
+                    left = np.int32(min(length - ahead, np.int64(tile)))
+                    now_k, now_q = from_k + ahead * step_k, from_q + ahead * step_q
+                    now_v, now_b = from_v + ahead * step_v, from_b + ahead * step_b
+                    for i in range(SOME_K):
+                        token, beyond = i * CARRIERS // PK, i * CARRIERS % PK
+                        inside = token_k + token < left and row + beyond < K
+                        some_k[i] = read(now_k + token * step_k, beyond * k_d) if inside else no_bits
+                        if READS:
+                            some_q[i] = read(now_q + token * step_q, beyond * q_d) if inside else no_bits
+                    for i in range(SOME_V):
+                        token, beyond = i * CARRIERS // PV, i * CARRIERS % PV
+                        inside = token_v + token < left and column + beyond < V
+                        some_v[i] = read(now_v + token * step_v, beyond * v_d) if inside else no_bits
+                    for i in range(SOME_B):
+                        token, beyond = i * CARRIERS // PB, i * CARRIERS % PB
+                        inside = token_b + token < left and row_b + beyond < K
+                        some_b[i] = read_beta(now_b + token * step_b, beyond * beta_d) if inside else no_beta
+                    if GATED:
+                        some_g = no_decay
+                        if thread < left:
+                            some_g = read_decay(g, g_at + (ahead + thread) * g_t)
+                elif u == tile - 2:
+                    to = np.int32(ahead) & np.int32(RING - 1)
+                    for i in range(SOME_K):
+                        token, beyond = i * CARRIERS // PK, i * CARRIERS % PK
+                        if token_k + token < tile and row + beyond < KP:
+                            leave(to_k, to * np.int32(KP) + token * KP + beyond, number(widen(some_k[i])))
+                            if READS:
+                                leave(to_k, QUERIES + to * np.int32(KP) + token * KP + beyond, number(widen(some_q[i])))
+                    for i in range(SOME_V):
+                        token, beyond = i * CARRIERS // PV, i * CARRIERS % PV
+                        if token_v + token < tile and column + beyond < VP:
+                            leave(to_v, VALUES + to * np.int32(VP) + token * VP + beyond, number(widen(some_v[i])))
+                    for i in range(SOME_B):
+                        token, beyond = i * CARRIERS // PB, i * CARRIERS % PB
+                        if token_b + token < tile and row_b + beyond < BP:
+                            leave(to_b, BETAS + to * np.int32(BP) + token * BP + beyond, number(widen_beta(some_b[i])))
+                    if GATED and thread < tile:
+                        leave(held, FADES + to + thread, number(math.exp(number(widen_decay(some_g)))))
+                if tick == -1 or tick == length:
+                    cuda.syncthreads()
+                # Reads that every warp has left its part of: the tile before, and what is left at the end.
+                if READS and tick > 0 and (u == 1 or tick == length):
+                    for early in range(
+                        tick - u - (tile if u < 2 else 0), tick - u + (1 if tick == length else 0), tile
+                    ):
+                        at = OUTS + (np.int32(early) & np.int32(RING - 1)) * np.int32(W * VP)
+                        left = np.int32(min(length - early, np.int64(tile))) if early >= 0 else np.int32(0)
+                        for i in range(SOME_V):
+                            token, beyond = i * CARRIERS // PV, i * CARRIERS % PV
+                            if token_v + token < left and column + beyond < V:
+                                total = zero
+                                for x in range(W):
+                                    total += take(of_y, at + token * W * VP + beyond + x * VP)[0]
+                                step = (early + token) * heads * V + beyond
+                                write(y, to_y + step, gain * total if real_slot else zero)
+            return
+
+        warp, lane, m, _, row0, column0, mine = seated(thread)
+        own, leads = owned(lane)
+        own += row0
+        # Where a lane's slots, its own ones, its columns and its part of a sum lie in an array of them.
+        at_rows, at_own = on(held, row0), on(held, own)
+        at_columns, at_part = on(held, column0), on(held, warp * np.int32(VP) + mine)
         begins = False
         if fresh != 0:
             begins = read_fresh(fresh, n * fresh_n) != 0
-        s = cuda.local.array(CELLS, number)
-        r = cuda.local.array(R, number)
-        q_at = batch * q_b + start * q_t + key_head * q_h
-        k_at = batch * k_b + start * k_t + key_head * k_h
-        v_at = batch * v_b + start * v_t + head * v_h
-        beta_at = batch * beta_b + start * beta_t + head * beta_h
-        g_at = batch * g_b + start * g_t + head * g_h
-        row_at = batch * tokens + start
-        y_at = (row_at * heads + head) * V
         mark = np.int64(0)
         if MARKS:
             mark = marks_before(offsets, n, tokens, every)
         until_mark, until_keep = every, np.int64(0)
         keep = (row_at // spacing + n if KEEPS else row_at) * heads + head
-        gain = number(scale)
-
-        some_k = cuda.local.array(SOME_K, bits)
-        some_q = cuda.local.array(SOME_K, bits)
-        some_v = cuda.local.array(SOME_V, bits)
-        some_b = cuda.local.array(SOME_B, beta_bits)
-        some_g = no_decay
+        s = cuda.local.array(CELLS, number)
+        r = cuda.local.array(R, number)
         a = cuda.local.array(R, number)
+        sizes = cuda.local.array(R, number)
         rho = cuda.local.array(R, number)
         alpha = cuda.local.array(R, number)
         norm = cuda.local.array(R, number)
-        inverse = cuda.local.array(R, number)
-        kk = cuda.local.array(R, number)
         ahead = cuda.local.array(R, number)
+        own_w = cuda.local.array(OWN_ROWS, number)
+        own_c = cuda.local.array(OWN_ROWS, number)
+        own_norm = cuda.local.array(OWN_ROWS, number)
+        inverse = cuda.local.array(OWN_ROWS, number)
         h = cuda.local.array(C, number)
         fresh_h = cuda.local.array(C, number)
         sums = cuda.local.array(C, number)
@@ -171,99 +328,41 @@ def build(
             if along(size) == zero and length > 0:
                 for j in range(C):
                     s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
-            size = zero
+
+        # What the slots predict of the first token, once there are tokens.
+        cuda.syncthreads()
+        if DECODES:
             for j in range(C):
-                size += s[i * C + j] * s[i * C + j]
-            r[i] = along(size)
+                sums[j] = zero
+            for i in range(R):
+                key = take(at_rows, i)[0]
+                for j in range(C):
+                    sums[j] += key * s[i * C + j]
+            across(sums)
+            for j in range(OWN):
+                leave(at_part, PARTS + j // 4 * 4 * L + j % 4, sums[j])
 
         # One token more than there are: it finds nothing, and what the last one left to be done is done.
-        for t in range(-tile, length + 1):
-            u = np.int32(t) & np.int32(tile - 1)
-            here, then = np.int32(t) & np.int32(RING - 1), np.int32(t + 1) & np.int32(RING - 1)
+        for time in range(np.int32(length) + np.int32(1)):
+            t, last = np.int32(time), np.int32(RING - 1)
+            here, then, gone = t & last, t + np.int32(1) & last, t - np.int32(1) & last
+            side = t & np.int32(1)
             cuda.syncthreads()
-            first_ahead = t + tile - u
-            if u == 0:
-                # The next tile: from memory to registers.
-                for i in range(SOME_K):
-                    at = np.int32(i * THREADS) + thread
-                    token, row = first_ahead + at // np.int32(KP), at % np.int32(KP)
-                    inside = token < length and row < K and (FULL_K or at < tile * KP)
-                    some_k[i] = read(k, k_at + token * k_t + row * k_d) if inside else no_bits
-                    some_q[i] = read(q, q_at + token * q_t + row * q_d) if READS and inside else no_bits
-                for i in range(SOME_V):
-                    at = np.int32(i * THREADS) + thread
-                    token, column = first_ahead + at // np.int32(VP), at % np.int32(VP)
-                    inside = token < length and column < V and (FULL_V or at < tile * VP)
-                    some_v[i] = read(v, v_at + token * v_t + column * v_d) if inside else no_bits
-                for i in range(SOME_B):
-                    at = np.int32(i * THREADS) + thread
-                    token, row = first_ahead + at // np.int32(BP), at % np.int32(BP)
-                    inside = token < length and row < K and (FULL_B or at < tile * BP)
-                    some_b[i] = read_beta(beta, beta_at + token * beta_t + row * beta_d) if inside else no_beta
-                if GATED:
-                    some_g = no_decay
-                    if thread < tile and first_ahead + thread < length:
-                        some_g = read_decay(g, g_at + (first_ahead + thread) * g_t)
-            elif u == tile - 2:
-                # From registers to shared memory, a barrier before the first is read.
-                to = np.int32(first_ahead) & np.int32(RING - 1)
-                for i in range(SOME_K):
-                    at = np.int32(i * THREADS) + thread
-                    if FULL_K or at < tile * KP:
-                        leave(held, to * np.int32(KP) + at, number(widen(some_k[i])))
-                        if READS:
-                            leave(held, QUERIES + to * np.int32(KP) + at, number(widen(some_q[i])))
-                for i in range(SOME_V):
-                    at = np.int32(i * THREADS) + thread
-                    if FULL_V or at < tile * VP:
-                        leave(held, VALUES + to * np.int32(VP) + at, number(widen(some_v[i])))
-                for i in range(SOME_B):
-                    at = np.int32(i * THREADS) + thread
-                    if FULL_B or at < tile * BP:
-                        leave(held, BETAS + to * np.int32(BP) + at, number(widen_beta(some_b[i])))
-                if GATED and thread < tile:
-                    leave(held, FADES + to + thread, number(math.exp(number(widen_decay(some_g)))))
-            if READS and (u == 1 or tile > TOGETHER) and (np.int32(t - 2) & np.int32(TOGETHER - 1)) == TOGETHER - 1:
-                # Reads that every warp has left its part of.
-                for i in range(SOME_Y):
-                    at = np.int32(i * THREADS) + thread
-                    token, column = t - 1 - TOGETHER + at // np.int32(VP), at % np.int32(VP)
-                    if token >= 0 and token < t - 1 and column < V:
-                        at = OUTS_AT + (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
-                        total = zero
-                        for x in range(W):
-                            total += take(held, at + x * VP)[0]
-                        write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
-
-            if t < 0:
-                if t == -1:
-                    for i in range(R):
-                        kk[i] = take(held, row0 + i)[0]
-                    if DECODES:
-                        for j in range(C):
-                            sums[j] = zero
-                        for i in range(R):
-                            for j in range(C):
-                                sums[j] += kk[i] * s[i * C + j]
-                        across(sums)
-                        for j in range(OWN):
-                            leave(held, PARTS + warp * np.int32(VP) + mine + j // 4 * 4 * L + j % 4, sums[j])
-                continue
 
             # The values of this token, and what is left of them where the slots predict.
-            at = VALUES + here * np.int32(VP) + column0
+            at = VALUES + here * np.int32(VP)
             for x in range(WIDE):
-                some = take_four(held, at + 4 * L * x)
+                some = take_four(at_columns, at + 4 * L * x)
                 for i in range(4):
                     fresh_h[4 * x + i] = some[i]
             if DECODES:
-                at = PARTS + (np.int32(t) & np.int32(1)) * np.int32(W * VP) + column0
+                at = PARTS + side * np.int32(W * VP)
                 for x in range(WIDE * W):
-                    some = take_four(held, at + x // WIDE * VP + 4 * L * (x % WIDE))
+                    some = take_four(at_columns, at + x // WIDE * VP + 4 * L * (x % WIDE))
                     for i in range(4):
                         fresh_h[4 * (x % WIDE) + i] -= some[i]
 
-            # What the last token left to be done: turn the slots, measure and read them.
+            # What the last token left to be done: turn the slots, and measure them.
             if not GATED:
                 for i in range(R):
                     for j in range(C):
@@ -272,22 +371,9 @@ def build(
                     size = zero
                     for j in range(C):
                         size += s[i * C + j] * s[i * C + j]
-                    r[i] = along(size)
-            if READS:
-                read_at = np.int32(t - 1) & np.int32(RING - 1)
-                for j in range(C):
-                    sums[j] = zero
-                for x in range(R // ROW):
-                    some = take_rows(held, QUERIES + read_at * np.int32(KP) + row0 + ROW * x)
-                    for i in range(ROW):
-                        weight = some[i] if READ_NORM else some[i] * norm[ROW * x + i]
-                        for j in range(C):
-                            sums[j] += weight * s[(ROW * x + i) * C + j]
-                across(sums)
-                to = OUTS_AT + (np.int32(t - 1) & np.int32(OUTS - 1)) * np.int32(W * VP) + warp * np.int32(VP) + mine
-                for j in range(OWN):
-                    leave(held, to + j // 4 * 4 * L + j % 4, sums[j])
-            if MARKS and t > 0:
+                    r[i] = size
+                along_all(r)
+            if MARKS and t > np.int32(0):
                 until_mark -= 1
                 if until_mark == 0:
                     until_mark = every
@@ -297,22 +383,20 @@ def build(
                             if row < K and column < V:
                                 write_mark(checkpoints, ((mark * heads + head) * K + row) * V + column, s[i * C + j])
                     mark += 1
-            if t == length and (GATED or KEEPS):
-                break
             if KEEPS:
+                if t == length:
+                    break
                 if until_keep == 0:
-                    for e in range(CELLS // 4):
-                        at = ((keep * (CELLS // 4) + e) * THREADS + thread) * 4
-                        write_kept(kept, at, s[4 * e], s[4 * e + 1], s[4 * e + 2], s[4 * e + 3])
+                    for i in range(R):
+                        for j in range(0, C, 4):
+                            row, column = row0 + i, j * L + column0
+                            if row < K and column < V:
+                                e = i * C + j
+                                at = (keep * K + row) * aligned(V) + column
+                                write_kept(kept, at, s[e], s[e + 1], s[e + 2], s[e + 3])
                     keep += heads
                     until_keep = spacing
                 until_keep -= 1
-
-            # The next token's key.
-            for x in range(R // ROW):
-                some = take_rows(held, then * np.int32(KP) + row0 + ROW * x)
-                for i in range(ROW):
-                    ahead[ROW * x + i] = some[i]
 
             # What every slot has of h.
             hh = zero
@@ -323,100 +407,88 @@ def build(
                 total = zero
                 for j in range(C):
                     total += s[i * C + j] * h[j]
-                a[i] = along(total)
+                a[i] = total
+            along_all(a)
             hh = along(hh)
 
+            # A lane's own slots: how far they turn.
             mu = take(held, FADES + here)[0] if GATED else one
             strength = take(held, BETAS + here)[0] if not PER_SLOT else zero
             careful = GATED
-            for i in range(R):
+            for i in range(OWN_ROWS):
+                key = take(at_own, here * np.int32(KP) + i)[0]
                 if PER_SLOT:
-                    strength = take(held, BETAS + here * np.int32(KP) + row0 + i)[0]
-                c = strength * (kk[i] - a[i] if ENCODES else kk[i])
-                x = c * a[i]
+                    strength = take(at_own, BETAS + here * np.int32(KP) + i)[0]
+                c = strength * (key - a[i] if ENCODES else key)
                 w = fma(-c, a[i], mu)
+                own_w[i], own_c[i] = w, c
                 if GATED:
                     largest = max(abs(w), abs(c) * number(math.sqrt(hh)))
-                    over = one / largest if largest > zero else zero
-                    rho[i], alpha[i], norm[i], inverse[i] = w, c, largest, over
+                    own_norm[i], inverse[i] = largest, one / largest if largest > zero else zero
                 else:
                     turned, pulled = w * w * r[i], c * c * hh
-                    square = turned + two * w * x + pulled
+                    square = turned + two * w * (c * a[i]) + pulled
                     careful = careful or turned + pulled > many * square
                     over = rsqrt(square)
-                    rho[i], alpha[i], norm[i], inverse[i] = w, c, square * over, over
-            if GATED or any_lane(careful):
-                for i in range(R):
-                    size, of_s, of_h = zero, rho[i] * inverse[i], alpha[i] * inverse[i]
-                    for j in range(C):
-                        turned = of_s * s[i * C + j] + of_h * h[j]
-                        size += turned * turned
-                    size = along(size)
-                    over = rsqrt(size) if size > zero else zero
-                    norm[i] *= size * over
-                    inverse[i] *= over
-            for i in range(R):
-                rho[i] *= inverse[i]
-                alpha[i] *= inverse[i]
+                    own_norm[i], inverse[i] = square * over, over
             if GATED:
+                measure(at_rows, at_own, s, h, sizes, own_w, own_c, own_norm, inverse)
+
+            # Meanwhile: what the token before reads.
+            if READS:
+                to = OUTS + gone * np.int32(W * VP)
+                for j in range(C):
+                    sums[j] = zero
+                for x in range(R // ROW):
+                    some = take_rows(at_rows, QUERIES + gone * np.int32(KP) + ROW * x)
+                    for i in range(ROW):
+                        weight = some[i] if READ_NORM else some[i] * norm[ROW * x + i]
+                        for j in range(C):
+                            sums[j] += weight * s[(ROW * x + i) * C + j]
+                across(sums)
+                for j in range(OWN):
+                    leave(at_part, to + j // 4 * 4 * L + j % 4, sums[j])
+
+            publish(at_own, own_w, own_c, own_norm, inverse)
+            learn(at_rows, rho, alpha, norm)
+            for x in range(R // ROW):
+                keys = take_rows(at_rows, then * np.int32(KP) + ROW * x)
+                for i in range(ROW):
+                    ahead[ROW * x + i] = keys[i]
+            if GATED:
+                if t == length:
+                    break
                 # Nothing may be left of a slot, and its first direction stands in.
                 for i in range(R):
                     for j in range(C):
                         s[i * C + j] = fma(rho[i], s[i * C + j], alpha[i] * h[j])
-                    if norm[i] == zero:
+                    if rho[i] == zero and alpha[i] == zero:
                         for j in range(C):
                             s[i * C + j] = number(direction(row0 + i, j // 4 * 4 * L + column0 + j % 4, K, V))
 
+            to = PARTS + (np.int32(1) - side) * np.int32(W * VP)
+            if DECODES:
+                predict(at_part, to, ahead, rho, alpha, s, h, sums)
+            if not GATED and any_lane(careful):
+                warp_barrier()
+                measure(at_rows, at_own, s, h, sizes, own_w, own_c, own_norm, inverse)
+                publish(at_own, own_w, own_c, own_norm, inverse)
+                learn(at_rows, rho, alpha, norm)
+                if DECODES:
+                    predict(at_part, to, ahead, rho, alpha, s, h, sums)
             if KEEPS:
                 at = ((row_at + t) * heads + head) * (2 * K + V)
-                if band == 0:
-                    for i in range(R):
-                        if row0 + i < K:
-                            write_real(measured, at + row0 + i, a[i])
-                            write_real(measured, at + K + row0 + i, inverse[i])
+                for i in range(OWN_ROWS):
+                    if leads and own + i < K:
+                        write_real(measured, at + own + i, a[i])
+                        write_real(measured, at + K + own + i, inverse[i])
                 if warp == 0 and m == 0:
                     for j in range(C):
                         column = j // 4 * 4 * L + column0 + j % 4
                         if column < V:
                             write_real(measured, at + 2 * K + column, h[j])
 
-            # What the slots, once turned, predict of the next token.
-            if DECODES:
-                if GATED:
-                    for j in range(C):
-                        sums[j] = zero
-                    for i in range(R):
-                        for j in range(C):
-                            sums[j] += ahead[i] * s[i * C + j]
-                else:
-                    pull = zero
-                    for i in range(R):
-                        pull += ahead[i] * alpha[i]
-                    for j in range(C):
-                        sums[j] = pull * h[j]
-                    for i in range(R):
-                        weight = ahead[i] * rho[i]
-                        for j in range(C):
-                            sums[j] += weight * s[i * C + j]
-                across(sums)
-                to = PARTS + (np.int32(t + 1) & np.int32(1)) * np.int32(W * VP) + warp * np.int32(VP) + mine
-                for j in range(OWN):
-                    leave(held, to + j // 4 * 4 * L + j % 4, sums[j])
-            for i in range(R):
-                kk[i] = ahead[i]
-
-        if READS:
-            cuda.syncthreads()
-            for i in range(SOME_Y):
-                at = np.int32(i * THREADS) + thread
-                token, column = length - TOGETHER + at // np.int32(VP), at % np.int32(VP)
-                if token >= 0 and token < length and column < V:
-                    at = OUTS_AT + (np.int32(token) & np.int32(OUTS - 1)) * np.int32(W * VP) + column
-                    total = zero
-                    for x in range(W):
-                        total += take(held, at + x * VP)[0]
-                    write(y, y_at + token * heads * V + column, gain * total if real_slot else zero)
-
+        cuda.syncthreads()
         if final != 0 and real_slot and goes >= 0:
             for i in range(R):
                 for j in range(C):

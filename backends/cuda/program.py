@@ -122,18 +122,27 @@ class Program:
     def _code(
         self, constants: Constants, capability: tuple[int, int], device: int, threads: int, registers: int
     ) -> bytes:
-        name = f"{self.module}.{self.build}"
-        digest = hashlib.sha256(repr((name, constants, capability, threads, registers)).encode()).hexdigest()[:20]
-        file = folder() / f"{name}.{digest}.cubin"
+        file = self._file("cubin", constants, capability, threads, registers)
         with contextlib.suppress(OSError):
             return file.read_bytes()
-        log.info("compiling %s, once for this machine; kept in %s", name, folder())
-        code = driver.assemble(self.ptx(constants, capability), device, threads, registers)
-        part = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
-        with contextlib.suppress(OSError):  # a full disk costs a compilation next time, nothing more
-            part.write_bytes(code)
-            os.replace(part, file)
+        log.info("compiling %s, once for this machine; kept in %s", file.stem, folder())
+        code = driver.assemble(self.text(constants, capability), device, threads, registers)
+        _keep(file, code)
         return code
+
+    def text(self, constants: Constants, capability: tuple[int, int]) -> str:
+        """``ptx``, by whichever process of this machine needed it first."""
+        file = self._file("ptx", constants, capability)
+        with contextlib.suppress(OSError):
+            return file.read_text()
+        text = self.ptx(constants, capability)
+        _keep(file, text.encode())
+        return text
+
+    def _file(self, kind: str, *what: Any) -> Path:
+        name = f"{self.module}.{self.build}"
+        digest = hashlib.sha256(repr((name, *what)).encode()).hexdigest()[:20]
+        return folder() / f"{name}.{digest}.{kind}"
 
     def ptx(self, constants: Constants, capability: tuple[int, int]) -> str:
         """The kernel in PTX, for a compute capability; needs no GPU."""
@@ -168,6 +177,14 @@ class Program:
             self._simulated[constants][grid, threads, 0, shared](*arguments)
         finally:
             sys.setswitchinterval(turn)
+
+
+def _keep(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError):  # a full disk costs a compilation next time, nothing more
+        part.write_bytes(content)
+        os.replace(part, file)
 
 
 # Numba's own name of a kernel says where its source lies, and machine code that says so is no two checkouts' own.

@@ -1,7 +1,6 @@
 """The device functions of ``device`` in Numba's simulator, where a thread of a GPU is one of Python.
 
-A sum over lanes goes through memory that the block shares, with a barrier on either side: every thread of the block
-must take part, as all of one warp must on a GPU.
+A sum over lanes goes through memory that the block shares, with a barrier of the warp on either side.
 """
 
 import ctypes
@@ -11,6 +10,7 @@ import threading
 
 import numpy as np
 
+from . import WARP
 from .source import simulator
 
 _CELLS = {
@@ -67,6 +67,13 @@ def store(kind):
 _lanes: dict[int, float] = {}
 
 
+def warp_barrier():
+    """The lanes of a warp wait for each other; other warps may wait elsewhere meanwhile."""
+    thread = threading.current_thread()
+    barriers = vars(thread._manager)
+    barriers.setdefault(f"warp {thread.threadIdx.x // WARP}", threading.Barrier(WARP)).wait()
+
+
 @functools.cache
 def other_lane(flip):
     """See ``native.other_lane``: every lane leaves its number for the others."""
@@ -74,9 +81,9 @@ def other_lane(flip):
     def swap(value):
         thread = threading.current_thread()
         _lanes[thread.threadIdx.x] = value
-        thread.syncthreads()
+        warp_barrier()
         other = _lanes[thread.threadIdx.x ^ flip]
-        thread.syncthreads()
+        warp_barrier()
         return other
 
     return swap
@@ -103,11 +110,6 @@ def cell(array, index):
 def quad(array, index):
     """See ``native.quad``."""
     return array[index], array[index + 1], array[index + 2], array[index + 3]
-
-
-def warp_barrier():
-    """A block's barrier."""
-    threading.current_thread().syncthreads()
 
 
 class _Shared(simulator.FakeCUDAShared):

@@ -16,7 +16,7 @@ from .agreed import PHASE_THREADS
 from .arrays import empty, kind, place
 from .delta import GATHER, gather
 from .kernel import CudaKernel, blank_unused, clear
-from .lattice import layouts
+from .lattice import crowded, layouts
 from .program import Program, constants
 
 FORWARD = Program("ttt_forward")
@@ -81,16 +81,25 @@ class TTTRecurrent(CudaKernel):
 def fitting(problem: Problem) -> list[dict[str, int]]:
     """Configurations with few numbers a thread, then those with more, as far as they go."""
     few = MOST_CELLS // (4 if problem.compute_dtype == "float64" else 2)
-    found = [(c["rows"] * c["columns"], c) for c in layouts(problem)]
+    ordered = sorted(layouts(problem), key=lambda config: _cost(problem, config))
+    found = [(c["rows"] * c["columns"], c) for c in ordered]
     kept = [(cells, c) for cells, c in found if WARP < 32 or cells <= 2 * few]
     return [c for cells, c in sorted(kept, key=lambda pair: pair[0] > few)]
+
+
+def _cost(problem: Problem, config: Config) -> float:
+    """Roughly the cycles of a token: work on the rows, exchanges between lanes, sums over warps."""
+    rows, columns, lanes, warps = (config[name] for name in ("rows", "columns", "lanes", "warps"))
+    along, across = lanes.bit_length() - 1, (WARP // lanes).bit_length() - 1
+    work = 7 * rows * columns + 25 * rows + 2 * (2 * rows + 1) * along + 10 * columns + 2 * columns * warps
+    return work * warps if crowded(problem) else work * max(1, warps / 4) + 30 * (along + across)
 
 
 def shape_of(problem: Problem, config: Config, x: Arrays) -> dict[str, Any]:
     """The constants that a forward and a backward share."""
     real = problem.compute_dtype
     return {
-        **{name: config[name] for name in ("rows", "columns", "lanes", "warps")},
+        **config,
         "real": real,
         "kind": problem.dtype,
         "beta": kind(x["beta"]),

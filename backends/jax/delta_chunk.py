@@ -31,6 +31,7 @@ from . import gpu
 from .chain import Link, chain, chain_back, follow
 from .kernel import floating, precision
 from .pieced import PieceKernel, Prepared, dy_of, put_states, state_flows
+from .pieces import Pieces
 from .triangle import before, behind, between, logs, unit_inverse
 from .walk import Piece
 
@@ -124,7 +125,7 @@ class DeltaChunk(PieceKernel):
         """No more than there are."""
         return max(1, min(config["block_t"], problem.sizes.T))
 
-    def piece(self, problem: Problem, whole: bool) -> Piece:
+    def piece(self, problem: Problem, pieces: Pieces) -> Piece:
         """Chunks of this family do not follow one another but for the chain."""
         raise NotImplementedError
 

@@ -19,6 +19,7 @@ follows it in the same chunk sees zeros there, where the specification sees that
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mixers.algebra import like, unit_directions
 from mixers.backend import Config, Support
@@ -28,6 +29,7 @@ from mixers.spec import Array
 
 from .kernel import precision
 from .pieced import PieceKernel
+from .pieces import Pieces
 from .triangle import before, between, logs
 from .walk import Piece, State
 
@@ -58,9 +60,18 @@ class LatticeChunk(PieceKernel):
         chunk: int = problem.option["chunk_size"]
         return chunk
 
-    def piece(self, problem: Problem, whole: bool) -> Piece:
+    def enter(self, problem: Problem, pieces: Pieces, initial: State) -> State:
+        """Slots at the chunk's start and running ones, which are the same wherever all pieces are whole chunks."""
+        slots = tuple(given_slots(jnp, a) for a in initial)
+        return slots[:1] if pieces.closed else slots
+
+    def leave(self, problem: Problem, pieces: Pieces, state: State) -> State:
+        """Both again."""
+        return state * 2 if pieces.closed else state
+
+    def piece(self, problem: Problem, pieces: Pieces) -> Piece:
         """See above."""
-        option, exact = problem.option, precision(problem)
+        option, exact, whole = problem.option, precision(problem), pieces.whole
 
         def product(a: Array, b: Array) -> Array:
             return jnp.matmul(a, b, precision=exact)
@@ -69,8 +80,9 @@ class LatticeChunk(PieceKernel):
             q, k, v, beta = (tokens[name] for name in ("q", "k", "v", "beta"))
             g = tokens.get("log_decay")
             size = k.shape[-2]
-            phi = given_slots(jnp, state[0])
-            now = phi if whole else given_slots(jnp, state[1])
+            # Only a decay empties a slot that was not empty.
+            phi, *running = state if g is None else (given_slots(jnp, a) for a in state)
+            now = phi if whole else running[0]
             phi_t = _turned(phi)
             beta = beta if beta.ndim == k.ndim else beta[..., None]
             h = v - product(k, phi) if option["objective"] == "decoding" else v
@@ -96,8 +108,11 @@ class LatticeChunk(PieceKernel):
                     norm = norm + since**2 * ss + 2 * since * (met - alpha * ps) + alpha**2 * (pp - 2)
                     least = (since * ps) ** 2
                 norm = jnp.maximum(norm, least)
-                empty = norm == 0
-                query = jnp.where(empty, 0, q / jnp.sqrt(jnp.where(empty, 1, norm)))
+                if g is None:
+                    query = q * lax.rsqrt(norm)
+                else:
+                    empty = norm == 0
+                    query = jnp.where(empty, 0, q / jnp.sqrt(jnp.where(empty, 1, norm)))
             past = (
                 product((since - alpha) * query, phi)
                 if whole
@@ -108,8 +123,11 @@ class LatticeChunk(PieceKernel):
                 y = y + product(jnp.where(empty, q, 0), like(jnp, unit_directions(*phi.shape[-2:]), y))
             ends = since[..., -1, :, None] * now - alpha[..., -1, :, None] * phi
             ends = ends + product(_turned(weights[..., -1, :, None] * e), h)
+            squares = jnp.sum(ends * ends, -1, keepdims=True)
+            slots = ends * lax.rsqrt(squares) if g is None else unit_rows(jnp, ends)
+            if pieces.closed:
+                return (slots,), option["scale"] * y
             done = known["ends"].reshape(-1, 1, 1, 1)
-            slots = unit_rows(jnp, ends)
             return (jnp.where(done, slots, phi), jnp.where(done, slots, ends)), option["scale"] * y
 
         return piece

@@ -27,11 +27,16 @@ class PieceKernel(JaxKernel):
     aligned = True
 
     @abstractmethod
-    def piece(self, problem: Problem, whole: bool) -> Piece:
-        """One piece, as a function of constants, state, tokens and what is known of it.
+    def piece(self, problem: Problem, pieces: Pieces) -> Piece:
+        """One piece, as a function of constants, state, tokens and what is known of it."""
 
-        ``whole``: every piece begins where a chunk of the model does.
-        """
+    def enter(self, problem: Problem, pieces: Pieces, initial: State) -> State:
+        """What the walk carries, from first states."""
+        return initial
+
+    def leave(self, problem: Problem, pieces: Pieces, state: State) -> State:
+        """States, from what the walk carries."""
+        return state
 
     def room(self, problem: Problem, config: Config) -> int:
         """Tokens of a piece."""
@@ -58,9 +63,11 @@ class PieceKernel(JaxKernel):
         pieces = self.cut(problem, config, x)
         constants, initial, tokens = self.prepare(problem, floating(x))
         parts = {name: pieces.split(a) for name, a in tokens.items()}
-        done = walk(pieces, self.piece(problem, _whole(pieces, x)), constants, initial, parts, problem.flags.grad)
+        carried, piece = self.enter(problem, pieces, initial), self.piece(problem, pieces)
+        done = walk(pieces, piece, constants, carried, parts, problem.flags.grad)
         out["y"] = pieces.join(done.y)
-        put_states(problem, pieces, out, done.final, done.checkpoints)
+        final, checkpoints = (self.leave(problem, pieces, state) for state in (done.final, done.checkpoints))
+        put_states(problem, pieces, out, final, checkpoints)
         out |= {f"kept.{name}": a for name, a in zip(fields(problem), done.starts, strict=False)}
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
@@ -68,17 +75,24 @@ class PieceKernel(JaxKernel):
         pieces = self.cut(problem, config, x)
         (constants, initial, tokens), pull = jax.vjp(lambda given: self.prepare(problem, given), floating(x))
         parts = {name: pieces.split(a) for name, a in tokens.items()}
-        starts = tuple(out[f"kept.{name}"] for name in fields(problem))
+        carried, pull_enter = jax.vjp(lambda initial: self.enter(problem, pieces, initial), initial)
+        starts = tuple(out[f"kept.{name}"] for name, _ in zip(fields(problem), carried, strict=False))
         dy = pieces.split(dy_of(problem, dout))
-        flows = state_flows(problem, pieces, initial, dout)
-        piece = self.piece(problem, _whole(pieces, x))
-        dconstants, dinitial, dparts = back(pieces, piece, constants, initial, parts, starts, dy, *flows)
+        flows = (self._pull_leave(problem, pieces, d) for d in state_flows(problem, pieces, initial, dout))
+        piece = self.piece(problem, pieces)
+        dconstants, dcarried, dparts = back(pieces, piece, constants, carried, parts, starts, dy, *flows)
+        (dinitial,) = pull_enter(dcarried)
         (found,) = pull((dconstants, dinitial, {name: pieces.join(a) for name, a in dparts.items()}))
         dx |= found
 
-
-def _whole(pieces: Pieces, x: Arrays) -> bool:
-    return pieces.plain and "initial.phase" not in x
+    def _pull_leave(self, problem: Problem, pieces: Pieces, flow: State | None) -> State | None:
+        """Gradients of ``leave``, which is linear."""
+        if flow is None:
+            return None
+        carried = jax.eval_shape(lambda state: self.enter(problem, pieces, state), flow)
+        (found,) = jax.linear_transpose(lambda state: self.leave(problem, pieces, state), carried)(flow)
+        result: State = found
+        return result
 
 
 def dy_of(problem: Problem, dout: Arrays) -> Array:

@@ -29,6 +29,8 @@ class Pieces:
         room: C.
         tokens: T.
         plain: pieces follow each other without gaps but for the end.
+        whole: every piece begins where a chunk of the model does.
+        closed: and ends where one does.
         index: ``[R,J·C]``; T for an empty place.
         target: ``[R,T]``.
         valid: ``[J,R,C]``, which places hold a token; None where all do.
@@ -44,6 +46,8 @@ class Pieces:
     room: int
     tokens: int
     plain: bool
+    whole: bool
+    closed: bool
     index: Array
     target: Array
     valid: Array | None
@@ -121,6 +125,8 @@ def cut(problem: Problem, room: int, offsets: Array | None, phase: Array | None,
         room=room,
         tokens=s.T,
         plain=plain,
+        whole=plain and phase is None,
+        closed=plain and phase is None and bool(np.all(found["ends"])),
         index=found["index"],
         target=found["target"],
         valid=None if full else _first(found["valid"]),

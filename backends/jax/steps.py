@@ -20,6 +20,7 @@ from mixers.spec import Array
 from . import gpu
 from .kernel import fields, floating
 from .pieced import PieceKernel
+from .pieces import Pieces
 from .walk import Piece, State
 
 ROOM = 32
@@ -45,7 +46,7 @@ class Steps(PieceKernel):
         """No more than there are."""
         return max(1, min(config["block_t"], problem.sizes.T))
 
-    def piece(self, problem: Problem, whole: bool) -> Piece:
+    def piece(self, problem: Problem, pieces: Pieces) -> Piece:
         """An inner scan over the tokens of a piece; empty places leave the state alone."""
         spec, option = problem.spec, problem.option
         names, every = fields(problem), spec.state(option).fields

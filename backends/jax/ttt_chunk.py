@@ -19,6 +19,7 @@ from mixers.ttt import standardise
 
 from .kernel import precision
 from .pieced import PieceKernel
+from .pieces import Pieces
 from .walk import Piece, State
 
 
@@ -46,7 +47,7 @@ class TTTChunk(PieceKernel):
         chunk: int = problem.option["chunk_size"]
         return chunk
 
-    def piece(self, problem: Problem, whole: bool) -> Piece:
+    def piece(self, problem: Problem, pieces: Pieces) -> Piece:
         """See above."""
         chunk, exact = problem.option["chunk_size"], precision(problem)
 
@@ -69,7 +70,7 @@ class TTTChunk(PieceKernel):
             write = beta[..., None] * inner / (width * std)
             met = jnp.where(np.tril(np.ones((size, size), bool)), product(q, jnp.swapaxes(k, -1, -2)) + 1, 0)
             learned = product(met, write)
-            if not whole:
+            if not pieces.whole:
                 learned = learned + product(q, weight_sum) + bias_sum[..., None, :]
             seen = product(q, weight) + bias[..., None, :] - rate * learned
             y = q + gain * standardise(jnp, seen)[0] + shift

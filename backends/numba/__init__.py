@@ -35,6 +35,10 @@ class NumbaBackend:
         families = (*_FAMILIES, "xla") if "jax" in sys.modules else _FAMILIES
         return tuple(kernel for family in families for kernel in import_module(f".{family}", __package__).KERNELS)
 
+    def compile_only(self, capability: int) -> None:
+        """See ``mixers.backend.Backend``; for the CPU of this machine."""
+        import_module(".ahead", __package__).compile_only()
+
     def primitives(self) -> dict[str, Any]:
         """Kernels that compositions call; see ``mixers.packed``."""
         return {"packed_attention": import_module(".packed_attention", __package__).PRIMITIVE}

@@ -4,15 +4,11 @@ A kernel's Python half, which names its arrays and calls what is compiled, runs 
 hold nothing and note what happens to them. Each call of a compiled function becomes a call of XLA's foreign function
 interface, whose handler is a C function by Numba; each sum of partial gradients becomes JAX's.
 
-A handler reads the frame that XLA passes (``xla/ffi/api/c_api.h``; byte offsets below): the arrays of the call in the
-order of the compiled function's arguments, before them two small ones with its whole and its real numbers.
+A handler reads from the frame that XLA passes the arrays of the call in the order of the compiled function's arguments,
+before them two small ones with its whole and its real numbers.
 """
 
-import ctypes
-import functools
-import re
 import threading
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +16,8 @@ import jax.numpy as jnp
 import numba
 import numpy as np
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from mixers.arrays import ffi
 from mixers.backend import Config, Kernel, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
@@ -35,101 +30,34 @@ from .kernel import NumbaKernel
 from .lattice import KERNELS as LATTICE
 from .lattice_chunk import KERNELS as LATTICE_CHUNK
 
-# Offsets in XLA_FFI_CallFrame, XLA_FFI_Buffer, XLA_FFI_Metadata_Extension and XLA_FFI_Metadata.
-FRAME_EXTENSION, FRAME_ARGS, FRAME_RESULTS = 8, 72, 112
-BUFFER_DATA, BUFFER_DIMS = 24, 40
-EXTENSION_TYPE, EXTENSION_METADATA, METADATA, METADATA_VERSION = 8, 24, 1, 24
-
-
-@intrinsic
-def _int64_at(context, address):
-    """The eight bytes at an address."""
-
-    def emit(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], cgutils.intp_t.as_pointer())
-        return builder.load(pointer)
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def _int32_at(context, address):
-    """The four bytes at an address."""
-
-    def emit(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], cgutils.int32_t.as_pointer())
-        return builder.sext(builder.load(pointer), cgutils.intp_t)
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def _put_int32(context, address, value):
-    """Write four bytes."""
-
-    def emit(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], cgutils.int32_t.as_pointer())
-        builder.store(builder.trunc(values[1], cgutils.int32_t), pointer)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), emit
-
-
-@intrinsic
-def _pointer(context, address, kind):
-    """An address as a pointer to numbers of a kind."""
-    pointer = types.CPointer(kind.dtype)
-
-    def emit(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(pointer))
-
-    return pointer(address, kind), emit
-
-
-@functools.cache
-def version() -> tuple[int, int]:
-    """The version of the interface that this jaxlib has."""
-    text = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
-    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
-    major, minor = (int(match.group(1)) if match else 0 for match in found)
-    return major, minor
-
 
 def _handler(kernel: Any, dtype: Any) -> Any:
     """A C function that XLA calls, for a compiled kernel in one dtype."""
     kinds = kernel._types(dtype)[2:]
     (result,) = kernel.compiled(dtype).overloads.values()
     address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
-    names = {"_int64_at": _int64_at, "_int32_at": _int32_at, "_put_int32": _put_int32, "_pointer": _pointer}
-    names |= {"_call": _call, "carray": numba.carray, "address": address, "np": np}
-    names |= {"real": getattr(numba, np.dtype(dtype).name), "int32": numba.int32, "major": version()[0]}
-    names |= {"minor": version()[1]}
+    names = {"introduced": ffi.introduced(), "int64_at": ffi.int64_at, "_call": _call, "address": address, "np": np}
     lines = [
         "def handler(frame):",
-        f"    extension = _int64_at(frame + {FRAME_EXTENSION})",
-        f"    if extension != 0 and _int32_at(extension + {EXTENSION_TYPE}) == {METADATA}:",
-        f"        about = _int64_at(extension + {EXTENSION_METADATA})",
-        f"        _put_int32(about + {METADATA_VERSION}, major)",
-        f"        _put_int32(about + {METADATA_VERSION + 4}, minor)",
+        "    if introduced(frame):",
         "        return 0",
-        f"    args, results = _int64_at(frame + {FRAME_ARGS}), _int64_at(frame + {FRAME_RESULTS})",
+        f"    args, results = int64_at(frame + {ffi.ARGS}), int64_at(frame + {ffi.RESULTS})",
     ]
+    real = getattr(types, np.dtype(dtype).name)
 
-    def take(name: str, source: str, place: int, ndim: int, kind: str) -> None:
-        lines.append(f"    buffer = _int64_at({source} + {8 * place})")
-        lines.append(f"    dims = _int64_at(buffer + {BUFFER_DIMS})")
-        shape = ", ".join(f"_int64_at(dims + {8 * axis})" for axis in range(ndim))
-        lines.append(f"    {name} = carray(_pointer(_int64_at(buffer + {BUFFER_DATA}), {kind}), ({shape},))")
+    def take(name: str, source: str, place: int, ndim: int, kind: Any) -> None:
+        names[f"{kind}_{ndim}"] = ffi.array_at(kind, ndim)
+        lines.append(f"    {name} = {kind}_{ndim}({source} + {8 * place})")
 
-    take("whole", "args", 0, 1, "int32")
-    take("reals", "args", 1, 1, "real")
+    take("whole", "args", 0, 1, types.int32)
+    take("reals", "args", 1, 1, real)
     inputs, outputs, numbers, fractions, values = 2, 0, 2, 0, []
     for i, kind in enumerate(kinds):
         if isinstance(kind, types.Array):
             index = kind.dtype == types.int64
             written = kind.mutable
             place, source = (outputs, "results") if written else (inputs, "args")
-            take(f"a{i}", source, place, kind.ndim, "int32" if kind.dtype in (types.int32, types.int64) else "real")
+            take(f"a{i}", source, place, kind.ndim, types.int32 if kind.dtype in (types.int32, types.int64) else real)
             if index:
                 lines.append(f"    a{i} = a{i}.astype(np.int64)")
             outputs, inputs = outputs + written, inputs + (not written)
@@ -160,8 +88,7 @@ def target(kernel: Any, dtype: Any) -> str:
     with _lock:
         if name not in _handlers:
             handler = _handler(kernel, np.dtype(dtype))
-            pointer = ctypes.cast(handler.address, ctypes.c_void_p)
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(pointer), platform="cpu")
+            ffi.register(name, handler, "cpu")
             _handlers[name] = handler
     return name
 

@@ -78,19 +78,22 @@ def locate(
 
 @triton.jit
 def fading(
-    inward, fade, base, row, i, length, every, heads, head, c,
-    K: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, CHECKPOINTS: tl.constexpr,
+    fade, row, i, length, every, heads, head, c,
+    K: tl.constexpr, BT: tl.constexpr, CHECKPOINTS: tl.constexpr,
 ):  # fmt: skip
-    """What chunk i leaves of a state: a number where DECAY is 1, one a channel where it is 2.
+    """What chunk i leaves of every channel of a state.
 
-    Triton stages loads ahead only where they go into products, so a chain asks for this one a chunk before its use.
+    Triton stages loads ahead only where they go into products, so a chain asks for this one a chunk before its use: for
+    a vector, as one number would go to a uniform register, which is waited for at once.
     """
-    at, count = chunk(i, length, every, BT, CHECKPOINTS)
-    if DECAY == 1:
-        found = tl.load(inward + base + (at + count - 1).to(tl.int64) * heads, mask=count > 0, other=1.0)
-    else:
-        found = tl.load(fade + ((row + i) * heads + head) * K + c, mask=c < tl.where(count > 0, K, 0), other=1.0)
-    return found
+    _, count = chunk(i, length, every, BT, CHECKPOINTS)
+    return tl.load(fade + ((row + i) * heads + head) * K + c, mask=c < tl.where(count > 0, K, 0), other=1.0)
+
+
+@triton.jit
+def kept(i, j):
+    """Which pairs of tokens have a place in memory: blocks of 16 rows and columns on the diagonal and below it."""
+    return i // 16 >= j // 16
 
 
 @triton.jit
@@ -151,15 +154,20 @@ def between(g, BT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def pair_decays(g, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
+def falling(total):
+    """``e^{G_i−G_j}`` for every pair ``i ≥ j`` of a running sum ``G [BT]`` that never rises; 1 above."""
+    return tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
+
+
+@triton.jit
+def pair_decays(g, total, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
     """``e^{Σ_{j<m≤i} g_m}`` for every pair ``i ≥ j``, from ``g [BT]``; 1 or less above.
 
-    bfloat16 takes differences of one running sum, which is cheaper: it never falls below BT · LEAST_HALF, where its
-    last bit is an eighth of one of bfloat16's.
+    bfloat16 takes differences of one running sum, ``total [BT]`` of ``running``, which is cheaper: it never falls below
+    BT · LEAST_HALF, where its last bit is an eighth of one of bfloat16's.
     """
     if operand == tl.bfloat16:
-        total = tl.cumsum(tl.maximum(g, LEAST_HALF), axis=0)
-        return tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
+        return falling(total)
     return tl.exp(between(g[:, None], BT, PRECISION))
 
 

@@ -133,8 +133,6 @@ def fold(
             if DELTA:
                 put(n, narrow, own, earlier + j, dot(near_key, columns, PRECISION), count, BT)
             between += sums(i + j >= 0, other, PRECISION)
-        for b in range(a + 1, BT // 16):
-            put(p, narrow, own, b * 16 + j, tl.zeros([16, 16], tl.float32), count, BT)
         into *= tl.exp2(between)
         put(queries, wide, own, c, query * into, count, K)
         if DELTA:

@@ -21,6 +21,7 @@ from . import delta_chunk_forward as forwards
 from .kernel import (
     PROCESSORS,
     TritonKernel,
+    at_most,
     blank_unused,
     block,
     dense,
@@ -55,6 +56,7 @@ class Cut:
         v, beta, g: as given.
         plain: q and k before their decays.
         keys_in: k with the decays since the chunk's start, where those are a channel's; k otherwise.
+        inward, outward, total, fade: decays; see ``delta_chunk_forward``.
     """
 
     problem: Problem
@@ -79,9 +81,6 @@ class Cut:
         self.marks = first_marks(problem, x["offsets"])
         self.precision = precision(problem) if problem.dtype == "float32" else "tf32"
         self.warps = 4 if q.element_size() == 2 else 8
-        self.inward: Any = None
-        self.outward: Any = None
-        self.fade: Any = None
         self.pairs: Any = None
         self.p: Any = None
         self.a: Any = None
@@ -89,6 +88,20 @@ class Cut:
         # Blocks of kernels that run chunks side by side. Never narrower than 64 where wgmma multiplies: on blocks of 16
         # channels Triton 3.6 reads beyond its shared memory.
         self.wide = (64, 64) if q.element_size() == 2 else (min(32, block(s.K)), min(32, block(s.V)))
+        self.inward, self.outward, self.total = (self.scalars() if self.decay == 1 else None for _ in range(3))
+        fades = (self.rows, s.H, s.K)
+        self.fade: Any = torch.empty(fades, dtype=torch.float32, device=k.device) if self.decay else None
+        if self.decay == 1:
+            self._running()
+
+    def _running(self) -> None:
+        """What one decay a head leaves of a state from token to token of a chunk."""
+        heads = self.problem.sizes.H
+        block_h = min(16, triton.next_power_of_2(heads))
+        forwards.running[(self.rows * triton.cdiv(heads, block_h),)](
+            *place(self.g, 0, 1, 2), self.inward, self.outward, self.total, self.fade, self.offsets, *self.lengths(),
+            **self.constants(block(self.problem.sizes.K)), BH=block_h, num_warps=4,
+        )  # fmt: skip
 
     @property
     def offsets(self) -> Array | None:
@@ -123,48 +136,39 @@ class Cut:
         return found | {"PACKED": self.problem.packed, "CHECKPOINTS": self.every > 0}
 
     def prepare(self) -> None:
-        """A, P and decays of every chunk."""
+        """A and P of every chunk."""
         grid = (self.rows * self.problem.sizes.H,)
         self.p = self.scratch(self.block_t)
         self.pairs = self.scratch(self.block_t, torch.float32) if self.delta else None
         if self.decay == 2:
             self._fold(grid)
         else:
-            if self.decay == 1:
-                self.inward, self.outward = self.scalars(), self.scalars()
             forwards.scores[grid](
                 *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(self.g, 0, 1, 2),
-                self.p, self.pairs, self.inward, self.outward, self.offsets, *self.lengths(), self.scale,
+                self.p, self.pairs, self.total, self.offsets, *self.lengths(), self.scale,
                 **self.constants(self.wide[0]), DELTA=self.delta, DECAY=self.decay, PRECISION=self.precision,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
         if self.delta:
-            self._solve(grid[0])
-
-    def _solve(self, programs: int) -> None:
-        """A from the pairs, which a decay a channel needs again."""
-        self.a = self.scratch(self.block_t)
-        blocks = self.block_t // 16
-        diagonal = self.scratch(16, torch.float32)
-        shared = *place(self.beta, 0, 1, 2), self.pairs, diagonal, self.a, self.offsets, *self.lengths()
-        constants = self.constants() | {"PRECISION": self.precision}
-        del constants["K"], constants["BK"]
-        forwards.invert[(programs * blocks,)](*shared, **constants, num_warps=1, num_stages=1)
-        forwards.substitute[(programs * (blocks - 1),)](*shared, **constants, num_warps=1, num_stages=1)
-        if self.decay < 2:
-            self.pairs = None  # as large as q, k and v: later scratch takes its place
+            self.a = self.scratch(self.block_t)
+            forwards.solve[grid](
+                *place(self.beta, 0, 1, 2), self.pairs, self.a, self.offsets, *self.lengths(), BT=self.block_t,
+                PACKED=self.problem.packed, CHECKPOINTS=self.every > 0, PRECISION=self.precision, num_warps=1,
+                num_stages=1,
+            )  # fmt: skip
+            if self.decay < 2:
+                self.pairs = None  # as large as q, k and v: later scratch takes its place
 
     def _fold(self, grid: tuple[int]) -> None:
         """Decays a channel, folded into q and k, and the pairs inside of chunks."""
         s, (q, k) = self.problem.sizes, self.plain
         self.q, self.k = self.scratch(s.K), self.scratch(s.K)
         self.keys_in = self.scratch(s.K) if self.delta else self.k
-        self.fade = torch.empty((self.rows, s.H, s.K), dtype=torch.float32, device=k.device)
         decays.fold[grid](
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
             **self.constants(block(s.K)), DELTA=self.delta, PRECISION=self.precision,
-            num_warps=max(1, block(s.K) // 32), num_stages=1,
+            num_warps=max(1, block(s.K) // 32), num_stages=1, **(at_most(168) if k.element_size() == 2 else {}),
         )  # fmt: skip
 
     def spell_out(self, exact: bool) -> None:
@@ -194,14 +198,14 @@ class Cut:
         s, block_v = self.problem.sizes, config["block_v"]
         if not fused:
             self.spell_out(exact)
-        w, u = (self.keys_in if self.delta else None, self.v) if fused else (self.w, self.u)
+        w, u = (self.keys_in if self.decay == 2 else None, self.v) if fused else (self.w, self.u)
         states = None if fused else self.states()
         written = self.scratch(s.V, torch.float32 if exact else None) if self.delta and not fused else None
         checkpoints, last = out.get("checkpoint.state"), out.get("final.state")
         _, _, per, every, heads, group = self._lengths_of(self.k)
         forwards.chain[(s.N * s.H * triton.cdiv(s.V, block_v),)](
             *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(u, 0, 1, 2), *place(w, 0, 1, 2),
-            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.fade,
+            *place(self.beta, 0, 1, 2), self.a, self.p, self.inward, self.outward, self.total, self.fade,
             *place(self.x["initial.state"], 0, 1, 2, 3), last, checkpoints, y, states, written, self.offsets,
             self.marks, s.T, per, every, heads, group, self.scale,
             **self.constants(0, block_v), DELTA=self.delta, DECAY=self.decay, FUSED=fused,
@@ -214,9 +218,8 @@ class Cut:
         """Outputs of all chunks from their first states."""
         s, (block_k, block_v) = self.problem.sizes, self.wide
         forwards.outputs[(self.rows * s.H * triton.cdiv(s.V, block_v),)](
-            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2), self.p, self.inward, states, y,
-            self.offsets,
-            *self._lengths_of(self.k), self.scale,
+            *place(self.q, 0, 1, 2), *place(self.k, 0, 1, 2), *place(written, 0, 1, 2), self.p, self.inward,
+            self.total, states, y, self.offsets, *self._lengths_of(self.k), self.scale,
             **self.constants(block_k, block_v), DECAY=self.decay, PRECISION=self.precision, num_warps=4,
             num_stages=1,
         )  # fmt: skip
@@ -232,9 +235,9 @@ def _chunks(tokens: int, every: int, block_t: int) -> int:
 def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     """Fill the gradients of a call, whichever form ran its forward."""
     s = problem.sizes
-    cut = Cut(problem, x, config["block_t"])
     if not s.N * s.H:
         return
+    cut = Cut(problem, x, config["block_t"])
     cut.prepare()
     states, written = cut.chain(config, False, {}, None)
     dy = dout.get("y")
@@ -266,20 +269,29 @@ def _side_by_side(
     """The part of the backward that runs all chunks at once."""
     problem, s = cut.problem, cut.problem.sizes
     folded = cut.decay == 2
+    cut.p = cut.w = cut.u = None  # what comes next takes their place
     dq, dk = (spread(problem, dx, name) for name in ("q", "k"))
     # What decays are still to meet stays in float32: it is summed before it is rounded.
     dq_met, dk_met = (cut.scratch(s.K, torch.float32) if folded else d for d in (dq, dk))
     dkeys_in = cut.scratch(s.K, torch.float32) if folded and cut.delta else None
-    dp = cut.scratch(cut.block_t) if folded else None
-    dn = cut.scratch(cut.block_t) if folded and cut.delta else None
+    apart = cut.delta or cut.decay == 1
+    dp, dn = (cut.scratch(cut.block_t) if wanted else None for wanted in (apart or folded, cut.delta))
     dfade = torch.empty_like(cut.fade) if folded else None
+    own = cut.scalars() if apart and not folded else None
+    dstrength, dlog = cut.scalars() if cut.delta else None, cut.scalars() if cut.decay == 1 else None
     dg = dx.get("log_decay")
+    q, k, beta = place(cut.q, 0, 1, 2), place(cut.keys_in, 0, 1, 2), place(cut.beta, 0, 1, 2)
+    u, arriving = place(written, 0, 1, 2), place(dy, 0, 1, 2)
+    lengths = (cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale)
+    constants = cut.constants(*cut.wide) | {"DELTA": cut.delta, "DECAY": cut.decay, "PRECISION": cut.precision}
+    if apart:
+        adjoint.pairs_back[(cut.rows * s.H,)](
+            *q, *k, *place(cut.v, 0, 1, 2), *beta, *place(cut.g, 0, 1, 2), *u, *arriving, cut.pairs, cut.a, cut.total,
+            dwritten, dx["v"], dp, dn, own, dstrength, dlog, *lengths, **constants, num_warps=cut.warps, num_stages=2,
+        )  # fmt: skip
     adjoint.chunks_back[(cut.rows * s.H,)](
-        *place(cut.q, 0, 1, 2), *place(cut.keys_in, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(cut.beta, 0, 1, 2),
-        *place(cut.g, 0, 1, 2), *place(written, 0, 1, 2), *place(dy, 0, 1, 2), cut.pairs, cut.a, states, dstates,
-        dwritten, cut.inward, cut.outward, cut.fade, dq_met, dk_met, dkeys_in, dx["v"], dx.get("beta"), dg, dp, dn,
-        dfade, cut.offsets, *cut._lengths_of(cut.keys_in), cut.scale,
-        **cut.constants(*cut.wide), DELTA=cut.delta, DECAY=cut.decay, PRECISION=cut.precision,
+        *q, *k, *beta, *u, *arriving, dwritten, dp, dn, own, dstrength, dlog, states, dstates, cut.inward,
+        cut.outward, cut.fade, dq_met, dk_met, dkeys_in, dx.get("beta"), dg, dfade, *lengths, **constants,
         num_warps=cut.warps, num_stages=2,
     )  # fmt: skip
     if folded:
@@ -321,21 +333,28 @@ def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:
 
 
 def _stages(delta: bool, decay: int, half: bool, channels: int, block_v: int) -> int:
-    """How many chunks a chain holds in shared memory: W, A, P, q, k and values of each, or P, q, k and values."""
+    """How many chunks a chain holds in shared memory: W, A, P, q, k and values of each, or P, q, k and values.
+
+    Of two, the second is asked for at the end of the first's products, and waited for.
+    """
     if not half or channels > 128:
         return 1
-    if delta and channels > 64:
-        return 3 if block_v <= 32 else 2
-    return 3 if channels <= 64 and (delta or decay) else 4
+    if delta and decay == 2 and channels > 64 and block_v > 32:
+        return 2
+    return 4 if not delta and (not decay or channels > 64) else 3
 
 
 def _computes_reads(problem: Problem, config: Config) -> bool:
-    """Whether a forward has nothing to prepare: linear attention, where its products have more than 16 columns.
+    """Whether a forward has nothing to prepare: no system to solve, and products of more than 16 columns.
 
-    Those are compiled wrongly where one takes the other's result; see ``configs``.
+    Those are compiled wrongly where one takes the other's result; see ``configs``. Decays between tokens are cheap
+    enough in bfloat16 alone, and in a chain where its state leaves room for them.
     """
-    plain = problem.layout("beta") is None and decay_axes(problem) == 0
-    return plain and (config["block_v"] >= 32 or not config["fused"])
+    decay, fused = decay_axes(problem), config["fused"]
+    if problem.layout("beta") is not None or (fused and config["block_v"] < 32):
+        return False
+    room = not fused or block(problem.widths[2]) <= 64
+    return decay == 0 or (decay == 1 and problem.dtype == "bfloat16" and room)
 
 
 class DeltaChunk(TritonKernel):

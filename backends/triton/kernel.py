@@ -16,8 +16,6 @@ from mixers.backend import Kernel, Place, Support
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from . import backend
-
 WIDEST = 256
 OLDEST = (3, 2)
 
@@ -65,11 +63,11 @@ class TritonKernel(Kernel):
 def _place(problem: Problem) -> Support:
     """Whether the tensors are where Triton runs, or where its interpreter does."""
     if INTERPRETED:
-        return Place(backend.place.libraries, ("cpu",)).holds(problem)
+        return Place(("torch",), ("cpu",)).holds(problem)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST:
         return Support.no(f"needs Triton {'.'.join(map(str, OLDEST))} or newer, and this is {triton.__version__}")
-    return backend.place.holds(problem)
+    return Place(("torch",), ("cuda",)).holds(problem)
 
 
 def _uneven(problem: Problem) -> Support:
@@ -96,6 +94,14 @@ def runs_here(dtype: str, device: str) -> bool:
 def precision(problem: Problem) -> str:
     """How a dot of float32 operands is computed: true float32 unless the caller allows tf32."""
     return "tf32" if problem.flags.allow_tf32 else "ieee"
+
+
+def at_most(registers: int) -> dict[str, int]:
+    """How a launch keeps a thread to so many registers, which lets more programs share a multiprocessor.
+
+    AMD's compiler knows no such option.
+    """
+    return {} if torch.version.hip else {"maxnreg": registers}
 
 
 def block(width: int) -> int:

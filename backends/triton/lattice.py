@@ -32,6 +32,7 @@ from .lattice_slots import (
     put_slab,
     segment_row,
     slab,
+    strength_of,
     turn_token,
     vector,
 )
@@ -82,17 +83,18 @@ def forward(
     next_key = vector(k, i, 1, k_t, length, K)
     next_value = vector(v, j, 1, v_t, length, V)
     next_query = vector(q, i, 1, q_t, length, K)
+    strength = strength_of(beta, beta_t, 0, length, i, K, PER_SLOT)
+    next_strength = strength_of(beta, beta_t, 1, length, i, K, PER_SLOT)
     p = tl.sum(s * key[:, None], 0) if OBJECTIVE == DECODING else tl.zeros((BV,), tl.float32)
     for t in range(length):
         later_key = vector(k, i, t + 2, k_t, length, K)
         later_value = vector(v, j, t + 2, v_t, length, V)
+        later_strength = strength_of(beta, beta_t, t + 2, length, i, K, PER_SLOT)
         if not KEEP:
             later_query = vector(q, i, t + 2, q_t, length, K)
         if KEEP and t % SEGMENT == 0:
             put_slab(kept + ((base + t // SEGMENT) * heads + h) * K * V, s, i, j, K, V)
-        s, rho, _, _ = turn_token(
-            t, s, p, key, value, beta, beta_t, g, g_t, first_slots, K, V, BK, BV, OBJECTIVE, PER_SLOT, GATED
-        )
+        s, rho, _, _ = turn_token(t, s, p, key, value, strength, g, g_t, first_slots, K, V, BK, BV, OBJECTIVE, GATED)
         if KEEP:
             if OBJECTIVE == DECODING:
                 p = tl.sum(s * next_key[:, None], 0)
@@ -110,8 +112,10 @@ def forward(
             put_slab(marked + ((mark + (t + 1) // every - 1) * heads + h) * K * V, s, i, j, K, V)
         key = next_key
         value = next_value
+        strength = next_strength
         next_key = later_key
         next_value = later_value
+        next_strength = later_strength
     if target is not None:
         target += where_to * target_n + h * target_h
         put_window(target, s, i, j, target_k, target_v, (where_from >= 0) & (where_to >= 0), K, V)

@@ -32,6 +32,7 @@ from .lattice_slots import (
     row_sums,
     segment_row,
     slab,
+    strength_of,
     tile,
     turn_token,
     vector,
@@ -93,8 +94,9 @@ def retrace(
             p = tl.sum(s * key[:, None], 0) if OBJECTIVE == DECODING else tl.zeros((BV,), tl.float32)
             put_slab(states + u * K * V, s, i, j, K, V)
             s, rho, a, hm = turn_token(
-                t, s, p, key, vector(v, j, t, v_t, length, V), beta, beta_t, g, g_t, first_slots,
-                K, V, BK, BV, OBJECTIVE, PER_SLOT, GATED,
+                t, s, p, key, vector(v, j, t, v_t, length, V),
+                strength_of(beta, beta_t, t, length, i, K, PER_SLOT), g, g_t, first_slots,
+                K, V, BK, BV, OBJECTIVE, GATED,
             )  # fmt: skip
             to = measured + u * (2 * K + V)
             tl.store(to + i, a, mask=i < K)
@@ -113,10 +115,7 @@ def retrace(
             a = tl.load(at + i, mask=i < K, other=0)
             rho = tl.load(at + K + i, mask=i < K, other=0)
             hm = tl.load(at + 2 * K + j, mask=j < V, other=0)
-            if PER_SLOT:
-                strength = tl.load(beta + wide * beta_t + i, mask=i < K, other=0).to(tl.float32)
-            else:
-                strength = tl.load(beta + wide * beta_t).to(tl.float32) + tl.zeros((BK,), tl.float32)
+            strength = strength_of(beta, beta_t, t, length, i, K, PER_SLOT)
             mu = tl.exp(tl.load(g + wide * g_t).to(tl.float32)) if GATED else 1.0
             z = key - a if OBJECTIVE == ENCODING else key
             c = strength * z

@@ -10,7 +10,8 @@ from mixers.spec import Array
 
 from .kernel import TritonKernel, blank_unused
 from .lattice_chunk_backward import backward
-from .lattice_chunk_forward import Shape, area, gated, inputs, read, walk
+from .lattice_chunk_forward import Shape, area, gated, inputs, longest, walk
+from .lattice_chunk_read import read
 from .lattice_decode import decode
 from .lattice_slots import directions
 
@@ -46,10 +47,19 @@ class LatticeChunk(TritonKernel):
         return Support.yes()
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
-        """Warps of what walks along a head, and of what takes one piece."""
+        """Warps of what walks along a head, of what takes slots of a piece in turns, and of what takes all at once.
+
+        64 tokens are the rows of one warpgroup: more warps would each do the same.
+        """
         wide = area(problem) > 64 * 64
-        first = {"chain_warps": 8 if wide else 4, "piece_warps": 8 if wide else 4}
-        return (first, *({"chain_warps": a, "piece_warps": b} for a in (4, 8) for b in (4, 8)))
+        tokens = min(problem.option["chunk_size"], longest(problem, back=False))
+        short = tokens <= 16 and not wide and not gated(problem)
+        first = {
+            "chain_warps": 8 if wide else 4,
+            "turn_warps": 2 if short else 8 if wide and tokens <= 32 else 4,
+            "piece_warps": 2 if short else 8 if wide else 4,
+        }
+        return (first, *(first | {"chain_warps": a, "piece_warps": b} for a in (4, 8) for b in (2, 4, 8)))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """See ``Kernel``."""
@@ -64,8 +74,9 @@ class LatticeChunk(TritonKernel):
             *(found.pieces, found.slots, found.running, found.again, out["y"]),
             *(s.T, s.H, s.H // s.G, problem.option["scale"]),
             **shape.common,
+            **shape.slots,
             READ_NORM=problem.option["read_norm"],
-            num_warps=config["piece_warps"],
+            num_warps=config["turn_warps"],
             num_stages=1,
         )
 

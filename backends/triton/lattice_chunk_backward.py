@@ -7,7 +7,7 @@ product of tiles may not be transposed on the chip, so what is needed both ways 
 
     dQ' = b∘(dY Sᵀ) − α∘(dY Φᵀ) + (W∘(dY Hmᵀ))E      dq = scale dQ'/ρ      R = dL/dρ² = −½ Q'∘dQ'/ρ²
     dα = −Q'∘(dY Φᵀ) − 2R∘α      N_ti = Σ_jl W_tj W_tl E_ji E_li G_jl, so with R̃ = W²ᵀR:
-    dE = (Wᵀ∘(Hm dYᵀ))Q' + 2R̃∘(X + diag(G)∘E) + (strictlower(W)ᵀ∘G)F + (Wᵀdα)∘A      F = 2R̃∘E      dA = (Wᵀdα)∘E
+    dE = (Wᵀ∘(Hm dYᵀ))Q' + R̃∘(M E) + ½MᵀF + (Wᵀdα)∘A      F = 2R̃∘E      dA = (Wᵀdα)∘E
 
 ``absorb``: from there to Hm and Φ.
 
@@ -39,460 +39,14 @@ from mixers.backend import Config
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from .blocks import dot, span
+from .blocks import dot
 from .kernel import dense, first_marks, gather, place, spread, wanted
-from .lattice_chunk_forward import (
-    Shape,
-    Walk,
-    afresh,
-    afresh_square,
-    decays,
-    emptied,
-    first_row,
-    gated,
-    inputs,
-    piece_row,
-    read_norms,
-    to_end,
-    transposed,
-    walk,
-    written,
-)
-from .lattice_slots import (
-    DECODING,
-    ENCODING,
-    cut,
-    directions,
-    inverse,
-    logs,
-    put,
-    put_slab,
-    slab,
-    squares,
-    strengths,
-    tile,
-)
-
-
-@triton.jit
-def sides(key, value, phi, beta, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr):
-    """A and E of a piece, Hm and its transpose, Eᵀ."""
-    hm, et = written(key, value, phi, beta, OBJECTIVE, PRECISION)
-    ht = transposed(key, value, phi, OBJECTIVE, PRECISION)
-    a = dot(hm, tl.trans(phi), PRECISION)
-    z = key.to(tl.float32) - a if OBJECTIVE == ENCODING else key.to(tl.float32)
-    return a, beta * z, hm, ht, et
-
-
-@triton.jit
-def decays_back(g, rows, stride, size, BT: tl.constexpr, GATED: tl.constexpr):
-    """Wᵀ of a piece."""
-    above = rows[:, None] <= rows[None, :]
-    if GATED:
-        each = logs(g, rows, stride, size)
-        exponents = tl.cumsum(tl.where(rows[:, None] < rows[None, :], each[None, :], 0.0), 1)
-        return tl.where(above, tl.exp(exponents), 0.0)
-    return tl.where(above, 1.0, 0.0)
-
-
-@triton.jit
-def of_decays(moved, level, at, size, PRECISION: tl.constexpr):
-    """From the gradients of W and b, times themselves, to those of a piece's log decays."""
-    later = tl.where(at[:, None] > at[None, :], moved, 0.0)
-    before = dot(later, tl.where(at[:, None] < at[None, :], 1.0, 0.0), PRECISION) + level[:, None]
-    inside = (at[:, None] >= at[None, :]) & (at < size)[:, None]
-    return tl.sum(tl.where(inside, before, 0.0), 0)
-
-
-@triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
-def measure(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
-    dy, dy_b, dy_t, dy_h, dq, dq_b, dq_t, dq_h,
-    first_slots, pieces, slots, running, again, weight_to, held_to, da_to, f_to, dp_to, de_to, moments, turned_to, dg,
-    tokens, heads, group, scale,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DIGITS: tl.constexpr,
-):  # fmt: skip
-    """dq, and what the reads of one piece and head send to its norms and to E."""
-    row = (tl.program_id(0) // heads).to(tl.int64)
-    h = tl.program_id(0) % heads
-    size = tl.load(pieces + row * 4 + 2).to(tl.int32)
-    if size == 0:
-        return
-    n = tl.load(pieces + row * 4)
-    first = tl.load(pieces + row * 4 + 1)
-    resumed = tl.load(pieces + row * 4 + 3) != 0
-    batch = tl.zeros_like(n) if PACKED else n
-    at = tl.arange(0, BT)
-    i = tl.arange(0, BK)
-    j = tl.arange(0, BV)
-    query = tile(q + batch * q_b + first * q_t + (h // group) * q_h, at, i, q_t, size, K).to(tl.float32) * scale
-    key = tile(k + batch * k_b + first * k_t + (h // group) * k_h, at, i, k_t, size, K).to(OPERAND)
-    value = tile(v + batch * v_b + first * v_t + h * v_h, at, j, v_t, size, V).to(OPERAND)
-    strength = strengths(beta + batch * beta_b + first * beta_t + h * beta_h, at, i, beta_t, size, K, PER_SLOT)
-    up = tile(dy + batch * dy_b + first * dy_t + h * dy_h, at, j, dy_t, size, V).to(OPERAND)
-    phi = slab(slots + (row * heads + h) * K * V, i, j, K, V).to(OPERAND)
-    own_row = (row if CUT else n) * heads + h
-    s = phi
-    if resumed:
-        s = slab(running + own_row * K * V, i, j, K, V).to(OPERAND)
-    if GATED:
-        g += batch * g_b + first * g_t + h * g_h
-    w, b = decays(g, at, g_t, size, BT, GATED)
-    wt = decays_back(g, at, g_t, size, BT, GATED)
-    a, e, hm, ht, et = sides(key, value, phi, strength, OBJECTIVE, PRECISION)
-    if GATED:
-        begun = tl.load(again + row * heads + h) > 0
-        if begun:
-            live = 1 - emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
-            e *= live
-            et *= tl.trans(live)
-    along = dot(w, a * e, DIGITS)
-    part_phi = dot(up, tl.trans(phi), PRECISION)
-    part_s = part_phi
-    if resumed:
-        part_s = dot(up, tl.trans(s), PRECISION)
-    toward_h = dot(up, ht, PRECISION)
-    to_weight = b[:, None] * part_s - along * part_phi
-    # Behind a reset y hardly depends on the size of E: what comes to E on two ways cancels, all but a few digits.
-    exact: tl.constexpr = tl.float32 if GATED else OPERAND
-    to_weight += dot((w * toward_h).to(exact), e.to(exact), DIGITS)
-    if GATED:
-        if begun:
-            toward, fresh = afresh(
-                key, value, strength, w, g, g_t, size, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
-            )
-            to_weight += fresh * dot(up, tl.trans(toward), PRECISION)
-    back = wt * dot(hm, tl.trans(up), PRECISION)
-    crossed = tl.zeros((BT, BK), tl.float32)
-    p = crossed
-    less = b[:, None] * b[:, None] + tl.zeros((BT, BK), tl.float32)  # b² times what R multiplies it with
-    if READ_NORM:
-        gram = dot(hm, ht, PRECISION)
-        square, own, x = read_norms(e, gram, w, at, DIGITS)
-        turned = -2 * along
-        if resumed:
-            p = dot(hm, tl.trans(s), PRECISION)
-            crossed = dot(w, e * p, DIGITS)
-            wide = phi.to(tl.float32)
-            unit = squares(wide)[None, :]
-            met = tl.sum(wide * s.to(tl.float32), 1)[None, :]
-            left = b[:, None] * met
-            least = left + along * (1 - unit)
-            less = less * squares(s.to(tl.float32))[None, :] + b[:, None] * crossed - along * left
-            square += (b * b)[:, None] * squares(s.to(tl.float32))[None, :] + along * along * (unit - 2)
-            square += 2 * (b[:, None] * crossed - along * left)
-            square = tl.maximum(square, least * least * inverse(unit))
-            turned = 2 * (along * (unit - 2) - left)
-        elif GATED:  # Φ in few digits is not quite of norm 1, which counts where all else cancels
-            off = 1 - squares(phi.to(tl.float32))[None, :]
-            square += (b * b)[:, None] * (1 - off) + 2 * b[:, None] * along * off
-            square = tl.maximum(square - along * along * (1 + off), 0.0)
-            turned = 2 * (b[:, None] * off - along * (1 + off))
-            less = less * (1 - off) + b[:, None] * along * off
-        else:
-            square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
-        if GATED:
-            if begun:
-                toward, fresh = afresh(
-                    key, value, strength, w, g, g_t, size, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
-                )
-                more, _, _, met_first = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
-                square = tl.maximum(square + more, fresh * fresh * met_first * met_first)
-                turned -= 2 * fresh * met_first
-        over = inverse(tl.sqrt(square))
-        weight = query * over
-        out = scale * over * to_weight
-        empty = (square <= 0) & (i < K)[None, :]
-        if GATED and tl.max(empty.to(tl.int32)) > 0:
-            toward = slab(first_slots, i, j, K, V).to(OPERAND)
-            out += tl.where(empty, scale * dot(up, tl.trans(toward), PRECISION), 0.0)
-        to_square = -0.5 * weight * to_weight * over * over
-        spread_back = dot(wt * wt, to_square, DIGITS)
-        f = 2 * spread_back * e
-        d_along = to_square * turned - weight * part_phi
-        de = 2 * spread_back * (x + own * e)
-        de += dot(tl.where(at[:, None] < at[None, :], wt * gram, 0.0), f, DIGITS)
-    else:
-        weight = query
-        out = scale * to_weight
-        to_square = tl.zeros((BT, BK), tl.float32)
-        f = to_square
-        d_along = -weight * part_phi
-        de = to_square
-    de += dot(back.to(exact), weight.to(exact), DIGITS)
-    m = dot(wt, d_along, DIGITS)
-    de += m * a
-    da = m * e
-    to = ((batch * tokens + first) * heads + h) * K
-    d_crossed = 2 * b[:, None] * to_square
-    if resumed:
-        if READ_NORM:
-            m = dot(wt, d_crossed, DIGITS)
-            de += m * p
-            put(dp_to + to, (m * e).to(dp_to.dtype.element_ty), at, i, heads * K, size, K)
-            sums = moments + own_row * 3 * K + i
-            tl.store(sums, tl.sum(to_square * (b * b)[:, None], 0), mask=i < K)
-            tl.store(sums + K, tl.sum(-2 * to_square * b[:, None] * along, 0), mask=i < K)
-            tl.store(sums + 2 * K, tl.sum(to_square * along * along, 0), mask=i < K)
-        put(held_to + to, (-along * weight).to(held_to.dtype.element_ty), at, i, heads * K, size, K)
-    else:
-        put(held_to + to, ((b[:, None] - along) * weight).to(held_to.dtype.element_ty), at, i, heads * K, size, K)
-    if GATED:
-        of_first = tl.zeros((BT,), tl.float32)
-        if begun:
-            toward, fresh = afresh(
-                key, value, strength, w, g, g_t, size, first_slots, OPERAND, K, V, BV, OBJECTIVE, PRECISION
-            )
-            more, p_first, crossed_first, met_first = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
-            live = 1 - emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
-            ones = squares(toward.to(tl.float32))[None, :]
-            d_fresh = weight * dot(up, tl.trans(toward), PRECISION)
-            d_fresh += 2 * to_square * (crossed_first - along * met_first + fresh * ones)
-            d_crossed_first = 2 * fresh * to_square
-            m = dot(wt, d_crossed_first, DIGITS)
-            de = live * (de + m * p_first)
-            dp = m * e
-            if resumed:
-                dp += dot(wt, d_crossed, PRECISION) * e
-            put(dp_to + to, dp.to(dp_to.dtype.element_ty), at, i, heads * K, size, K)
-            tl.store(turned_to + (row * heads + h) * K + i, tl.sum(-2 * to_square * fresh * along, 0), mask=i < K)
-            moved = w * dot(d_fresh, tl.trans(1 - live), PRECISION)
-            moved += w * dot(d_crossed_first, et * dot(toward, ht, PRECISION), PRECISION)
-            of_first = of_decays(moved, of_first, at, size, PRECISION)
-            if not READ_NORM:  # the token that empties a slot reads its write, and none reads it later
-                z = key.to(tl.float32) - a if OBJECTIVE == ENCODING else key.to(tl.float32)
-                own = tl.sum(hm.to(tl.float32) * up.to(tl.float32), 1)[:, None]
-                de += (1 - live) * (own * weight + d_along * a)
-                da += (1 - live) * d_along * strength * z
-    if OBJECTIVE == ENCODING:
-        da -= strength * de
-    put(weight_to + to, weight.to(weight_to.dtype.element_ty), at, i, heads * K, size, K)
-    put(da_to + to, da.to(da_to.dtype.element_ty), at, i, heads * K, size, K)
-    put(de_to + to, de, at, i, heads * K, size, K)
-    if READ_NORM:
-        put(f_to + to, f.to(f_to.dtype.element_ty), at, i, heads * K, size, K)
-    put(dq + batch * dq_b + first * dq_t + h * dq_h, out.to(dq.dtype.element_ty), at, i, dq_t, size, K)
-    if GATED:
-        # How every W_tj and b_t is moved, times itself.
-        aet = dot(phi, ht, PRECISION) * et
-        moved = w * (dot(d_along, aet, PRECISION) + toward_h * dot(weight.to(OPERAND), et.to(OPERAND), PRECISION))
-        level = b * tl.sum(weight * part_s, 1)
-        if READ_NORM:
-            diagonal = tl.sum(tl.where(at[:, None] == at[None, :], gram, 0.0), 0)[None, :]
-            xt = dot(et, tl.where(at[:, None] < at[None, :], wt * gram, 0.0), PRECISION)
-            moved += 2 * w * w * dot(to_square, et * (2 * xt + diagonal * et), PRECISION)
-            moved += w * gram * dot(f, et, PRECISION)
-            level += 2 * tl.sum(to_square * less, 1)
-            if resumed:
-                moved += w * dot(d_crossed, et * dot(s, ht, PRECISION), PRECISION)
-        total = of_first + of_decays(moved, level, at, size, PRECISION)
-        tl.store(dg + (batch * tokens + first + at) * heads + h, total, mask=at < size)
-
-
-@triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
-def absorb(
-    k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, dy, dy_b, dy_t, dy_h,
-    first_slots, pieces, slots, running, again, weight_from, held_from, da_from, f_from, dp_from, moments, turned_from,
-    dh_to, dslots, drunning, tokens, heads, group,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """What the reads of one piece and head send to Hm, Φ and S."""
-    row = (tl.program_id(0) // heads).to(tl.int64)
-    h = tl.program_id(0) % heads
-    size = tl.load(pieces + row * 4 + 2).to(tl.int32)
-    if size == 0:
-        return
-    n = tl.load(pieces + row * 4)
-    first = tl.load(pieces + row * 4 + 1)
-    resumed = tl.load(pieces + row * 4 + 3) != 0
-    batch = tl.zeros_like(n) if PACKED else n
-    at = tl.arange(0, BT)
-    i = tl.arange(0, BK)
-    j = tl.arange(0, BV)
-    key = tile(k + batch * k_b + first * k_t + (h // group) * k_h, at, i, k_t, size, K).to(OPERAND)
-    value = tile(v + batch * v_b + first * v_t + h * v_h, at, j, v_t, size, V).to(OPERAND)
-    strength = strengths(beta + batch * beta_b + first * beta_t + h * beta_h, at, i, beta_t, size, K, PER_SLOT)
-    up = tile(dy + batch * dy_b + first * dy_t + h * dy_h, at, j, dy_t, size, V).to(OPERAND)
-    phi = slab(slots + (row * heads + h) * K * V, i, j, K, V).to(OPERAND)
-    if GATED:
-        g += batch * g_b + first * g_t + h * g_h
-    w, b = decays(g, at, g_t, size, BT, GATED)
-    wt = decays_back(g, at, g_t, size, BT, GATED)
-    hm, et = written(key, value, phi, strength, OBJECTIVE, PRECISION)
-    if OBJECTIVE == ENCODING:
-        e = (strength * (key.to(tl.float32) - dot(hm, tl.trans(phi), PRECISION))).to(OPERAND)
-    else:
-        e = (strength * key.to(tl.float32)).to(OPERAND)
-    if GATED:
-        begun = tl.load(again + row * heads + h) > 0
-        full = e
-        if begun:
-            live = 1 - emptied(key, value, strength, g, g_t, size, OBJECTIVE).to(tl.float32)
-            e = (e.to(tl.float32) * live).to(OPERAND)
-            et *= tl.trans(live)
-    to = ((batch * tokens + first) * heads + h) * K
-    weight = tile(weight_from + to, at, i, heads * K, size, K)
-    da = tile(da_from + to, at, i, heads * K, size, K)
-    dh = dot((wt * dot(e, tl.trans(weight), PRECISION)).to(OPERAND), up, PRECISION)
-    dh += dot(da, phi, PRECISION)
-    if READ_NORM:
-        f = tile(f_from + to, at, i, heads * K, size, K)
-        mixed = tl.where(at[:, None] > at[None, :], w, 0.0) * dot(f, et.to(OPERAND), PRECISION)
-        mixed += wt * dot(e, tl.trans(f), PRECISION)
-        dh += dot(mixed.to(OPERAND), hm, PRECISION)
-    held = tile(held_from + to, at, i, heads * K, size, K)
-    dphi = dot(tl.trans(held), up, PRECISION) + dot(tl.trans(da), hm, PRECISION)
-    if resumed:
-        from_s = ((row if CUT else n) * heads + h) * K * V
-        ds = dot((tl.trans(weight).to(tl.float32) * b[None, :]).to(OPERAND), up, PRECISION)
-        if READ_NORM:
-            s = slab(running + from_s, i, j, K, V)
-            dp = tile(dp_from + to, at, i, heads * K, size, K)
-            if GATED:  # behind a reset dp belongs to first directions
-                dp = tl.where((b > 0)[:, None], dp, tl.zeros_like(dp))
-            dh += dot(dp, s.to(OPERAND), PRECISION)
-            ds += dot(tl.trans(dp), hm, PRECISION)
-            sums = moments + ((row if CUT else n) * heads + h) * 3 * K + i
-            of_s = tl.load(sums, mask=i < K, other=0)[:, None]
-            of_both = tl.load(sums + K, mask=i < K, other=0)[:, None]
-            of_phi = tl.load(sums + 2 * K, mask=i < K, other=0)[:, None]
-            ds += 2 * of_s * s.to(tl.float32) + of_both * phi.to(tl.float32)
-            dphi += 2 * of_phi * phi.to(tl.float32) + of_both * s.to(tl.float32)
-        put_slab(drunning + from_s, ds, i, j, K, V)
-    if GATED:
-        if begun:
-            if READ_NORM:
-                toward = slab(first_slots, i, j, K, V)
-                dp = tile(dp_from + to, at, i, heads * K, size, K)
-                dp = tl.where((b > 0)[:, None], tl.zeros_like(dp), dp)
-                dh += dot(dp, toward.to(OPERAND), PRECISION)
-                turned = tl.load(turned_from + (row * heads + h) * K + i, mask=i < K, other=0)
-                dphi += turned[:, None] * toward
-            else:
-                void = emptied(key, value, strength, g, g_t, size, OBJECTIVE)
-                own = tl.where(void, full.to(tl.float32) * weight.to(tl.float32), 0.0)
-                dh += tl.sum(own, 1)[:, None] * up.to(tl.float32)
-    if OBJECTIVE == DECODING:
-        dphi -= dot(tl.trans(key), dh.to(OPERAND), PRECISION)
-    put_slab(dslots + (row * heads + h) * K * V, dphi, i, j, K, V)
-    put(dh_to + ((batch * tokens + first) * heads + h) * V, dh, at, j, heads * V, size, V)
-
-
-@triton.jit
-def piece_start(t, phase, every, CHUNK: tl.constexpr, LONGEST: tl.constexpr, MARKED: tl.constexpr):
-    """The first token of the piece that ends before t."""
-    begin = t - 1 - (phase + t - 1) % CHUNK % LONGEST
-    if MARKED:
-        begin = tl.maximum(begin, (t - 1) // every * every)
-    return tl.maximum(begin, 0)
-
-
-@triton.jit(do_not_specialize=["beta_b", "g_b", "phase_n", "tokens", "every"])
-def retreat(
-    k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
-    start, start_n, start_h, start_k, now, now_n, now_h, now_k, phase, phase_n, offsets, first_slots, marks,
-    slots, running, ends, again, dslots, drunning, dlast_start, dlast_now, dmarked_start, dmarked_now,
-    dstart, dnow, tokens, every, heads, group,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    CHUNK: tl.constexpr, LONGEST: tl.constexpr, OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr,
-    GATED: tl.constexpr, PACKED: tl.constexpr, MARKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr,
-):  # fmt: skip
-    """The pieces of one sequence and head, from the last: D of each in place of its dΦ, then the first state's."""
-    n = tl.program_id(0) // heads
-    h = tl.program_id(0) % heads
-    batch, first, total = span(n, tokens, offsets, PACKED)
-    length = total.to(tl.int32)
-    base = first_row(n, first, tokens, every, CHUNK, LONGEST, MARKED, PACKED)
-    seen = tl.load(phase + n * phase_n)
-    at = tl.arange(0, BT)
-    i = tl.arange(0, BK)
-    j = tl.arange(0, BV)
-    k += batch * k_b + first * k_t + (h // group) * k_h
-    v += batch * v_b + first * v_t + h * v_h
-    beta += batch * beta_b + first * beta_t + h * beta_h
-    if GATED:
-        g += batch * g_b + first * g_t + h * g_h
-    if MARKED:
-        mark = tl.load(marks + n) if PACKED else n.to(tl.int64) * (tokens // every)
-    own = (n.to(tl.int64) * heads + h) * K * V
-    dphi = tl.zeros((BK, BV), tl.float32)
-    ds = tl.zeros((BK, BV), tl.float32)
-    if dlast_start is not None:
-        dphi = slab(dlast_start + own, i, j, K, V).to(tl.float32)
-    if dlast_now is not None:
-        ds = slab(dlast_now + own, i, j, K, V).to(tl.float32)
-    t = length
-    while t > 0:
-        begin = piece_start(t, seen, every, CHUNK, LONGEST, MARKED)
-        wide = begin.to(tl.int64)
-        row = (base + piece_row(begin, seen, every, CHUNK, LONGEST, MARKED)) * heads + h
-        behind = (base + piece_row(t, seen, every, CHUNK, LONGEST, MARKED)) * heads + h
-        behind = tl.where(t == length, row + heads, behind)
-        done = (seen + t) % CHUNK == 0
-        resumed = (begin == 0) | ((seen + begin) % CHUNK != 0)
-        rho = tl.load(ends + row * 3 * K + i, mask=i < K, other=1)
-        if GATED and CUT:  # the token that follows saw first directions
-            ds = tl.where((rho == 0)[:, None] & (t < length) & (not done), 0.0, ds)
-        if MARKED and t % every == 0:
-            to = ((mark + t // every - 1) * heads + h) * K * V
-            if dmarked_start is not None:
-                dphi += slab(dmarked_start + to, i, j, K, V)
-            if dmarked_now is not None:
-                ds += slab(dmarked_now + to, i, j, K, V)
-        phi = slab(slots + row * K * V, i, j, K, V)
-        a = tl.load(ends + row * 3 * K + K + i, mask=i < K, other=0)
-        most = tl.load(ends + row * 3 * K + 2 * K + i, mask=i < K, other=0)
-        w, b = to_end(g + wide * g_t if GATED else g, at, g_t, t - begin, GATED)
-        from_s = row if CUT else n.to(tl.int64) * heads + h
-        s = phi
-        if resumed:
-            s = slab(running + from_s * K * V, i, j, K, V)
-        if done:
-            unit = slab(slots + behind * K * V, i, j, K, V)
-            ds += dphi
-            ds = inverse(rho)[:, None] * (ds - tl.sum(ds * unit, 1)[:, None] * unit)
-            dphi = tl.zeros((BK, BV), tl.float32)
-            ended = rho[:, None] * unit
-        else:
-            last = behind if CUT else (tl.num_programs(0) // heads + n.to(tl.int64)) * heads + h
-            ended = tl.where((rho > 0)[:, None], slab(running + last * K * V, i, j, K, V), 0.0)
-        delta = tl.sum(ds * phi, 1)[:, None]
-        key = tile(k + wide * k_t, at, i, k_t, t - begin, K).to(OPERAND)
-        strength = strengths(beta + wide * beta_t, at, i, beta_t, t - begin, K, PER_SLOT)
-        live = tl.full((BT, BK), 1.0, tl.float32)
-        if GATED:
-            if tl.load(again + row) > 0:
-                value = tile(v + wide * v_t, at, j, v_t, t - begin, V)
-                void = emptied(key, value, strength, g + wide * g_t, g_t, t - begin, OBJECTIVE)
-                ended -= tl.sum(tl.where(void, w[:, None], 0.0), 0)[:, None] * slab(first_slots, i, j, K, V)
-                live = tl.where(void, 0.0, 1.0)
-        u = tl.where((most > 0)[:, None], ended - b * s + a[:, None] * phi, 0.0)  # no rounding where nothing is written
-        du = ds - delta * phi
-        dphi += slab(dslots + row * K * V, i, j, K, V) - a[:, None] * ds - delta * u
-        put_slab(dslots + row * K * V, ds, i, j, K, V)
-        strength *= live
-        if OBJECTIVE == DECODING:
-            e = (strength * w[:, None] * key.to(tl.float32)).to(OPERAND)
-            dh = dot(e, du.to(OPERAND), PRECISION)
-            dphi -= dot(tl.trans(key), dh.to(OPERAND), PRECISION)
-        elif OBJECTIVE == ENCODING:
-            value = tile(v + wide * v_t, at, j, v_t, t - begin, V).to(OPERAND)
-            dat = tl.trans(strength) * w[None, :] * dot(du.to(OPERAND), tl.trans(value), PRECISION)
-            dphi -= dot(dat.to(OPERAND), value, PRECISION)
-        ds *= b
-        if resumed:
-            ds += slab(drunning + from_s * K * V, i, j, K, V)
-        t = begin
-    if length > 0:
-        dphi = cut(dphi, tile(start + n.to(tl.int64) * start_n + h * start_h, i, j, start_k, K, V).to(tl.float32))
-        ds = cut(ds, tile(now + n.to(tl.int64) * now_n + h * now_h, i, j, now_k, K, V).to(tl.float32))
-    put_slab(dstart + own, dphi.to(dstart.dtype.element_ty), i, j, K, V)
-    put_slab(dnow + own, ds.to(dnow.dtype.element_ty), i, j, K, V)
+from .lattice_chunk_absorb import absorb
+from .lattice_chunk_forward import Shape, Walk, gated, inputs, walk
+from .lattice_chunk_measure import measure
+from .lattice_chunk_retreat import retreat
+from .lattice_pieces import emptied, to_end
+from .lattice_slots import DECODING, ENCODING, directions, logs, put, slab, strengths, tile
 
 
 @triton.jit(do_not_specialize=["beta_b", "g_b", "dbeta_b", "tokens"])
@@ -530,7 +84,7 @@ def collect(
         hm = (value.to(tl.float32) - dot(key, phi, PRECISION)).to(OPERAND)
     elif OBJECTIVE == ENCODING:
         z -= dot(value, tl.trans(phi), PRECISION)
-    d = slab(dslots + (row * heads + h) * K * V, i, j, K, V)
+    d = slab(dslots + (row * heads + h) * K * V, i, j, K, V).to(tl.float32)
     exact: tl.constexpr = tl.float32 if GATED else OPERAND  # as in ``measure``
     du = d - tl.sum(d * wide, 1)[:, None] * wide
     through = w[:, None] * dot(hm.to(exact), tl.trans(du.to(exact)), DIGITS)
@@ -588,10 +142,12 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     def tokens(width: int, dtype: torch.dtype = kind) -> Array:
         return torch.empty((s.B, s.T, s.H, width), dtype=dtype, device=device)
 
-    weight, held, da, f, dp = (tokens(s.K) for _ in range(5))
+    exact = kind if shape.slots["HALVES"] else torch.float32
+    weight, f = tokens(s.K, exact), tokens(s.K, exact)
+    held, da, dp = (tokens(s.K) for _ in range(3))
     de, dh, dg = tokens(s.K, torch.float32), tokens(s.V, torch.float32), tokens(1, torch.float32)
     moments = torch.empty((found.running.shape[0], s.H, 3, s.K), dtype=torch.float32, device=device)
-    dslots, drunning = torch.empty_like(found.slots), torch.empty_like(found.running)
+    dslots, drunning = torch.empty_like(found.slots, dtype=exact), torch.empty_like(found.running)
     states = (found.pieces, found.slots, found.running, found.again)
     turned = torch.empty((shape.rows, s.H, s.K), dtype=torch.float32, device=device) if gated(problem) else None
     rough = common["GATED"] and kind is torch.bfloat16
@@ -603,7 +159,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
         directions(problem, device),
         *(*states, weight, held, da, f, dp, de, moments, turned, dg),
         *(s.T, s.H, s.H // s.G, problem.option["scale"]),
-        **(reads | digits),
+        **(reads | digits | shape.slots | {"num_warps": config["turn_warps"]}),
     )
     absorb[grid](
         *inputs(x)[4:],
@@ -658,10 +214,12 @@ def _retreat(
         *(offsets, directions(problem, found.slots.device), first_marks(problem, offsets)),
         *(found.slots, found.running, found.ends, found.again, dslots, drunning),
         *(given(name) for name in ("final.start", "final.now", "checkpoint.start", "checkpoint.now")),
+        *(torch.empty((s.N, s.H, s.K, s.V), dtype=torch.float32, device=dslots.device) for _ in range(2)),
         *(wanted(dx, x, "initial.start"), wanted(dx, x, "initial.now")),
         *(s.T, problem.flags.checkpoint_every, s.H, s.H // s.G),
         **common,
         **shape.chunk,
-        num_warps=config["chain_warps"],
+        SLOTS=min(shape.common["BK"], 64),
+        num_warps=2 * config["chain_warps"],
         num_stages=1,
     )

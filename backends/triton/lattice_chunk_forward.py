@@ -6,7 +6,7 @@ piece's first running slots S (Φ itself at a chunk's start), with b, W counted 
     W_tj = [j≤t] e^{g_{j+1} + … + g_t}     b_t = e^{g_1 + … + g_t}
     Hm = V − KΦ (decoding) or V            A = Hm Φᵀ            E = beta ∘ (K − A) (encoding) or beta ∘ K
     S̃_t,i = b_t s_i − α_ti φ_i + Σ_j W_tj E_ji h_j              α = W(A∘E)
-    ρ² = b² + N − α²   where S = Φ         N = W²(2E∘X + diag(G)∘E∘E)    X = (strictlower(W)∘G) E    G = Hm Hmᵀ
+    ρ² = b² + N − α²   where S = Φ         N = W²(E∘(M E))    M = 2 strictlower(W)∘G + diag(G)    G = Hm Hmᵀ
     ρ² = b²‖s‖² + 2b(W(E∘P) − α⟨φ,s⟩) + N + α²(‖φ‖² − 2)     P = Hm Sᵀ     elsewhere
     Y = scale · ((b∘Q')S − (α∘Q')Φ + (W∘(Q'Eᵀ))Hm)           Q' = Q/ρ, or Q without ``read_norm``
 
@@ -35,94 +35,18 @@ from mixers.spec import Array
 
 from .blocks import dot, span
 from .kernel import block, dense, first_marks, place, precision
+from .lattice_pieces import emptied, errors, first_row, piece_end, piece_row, to_end, writes
 from .lattice_slots import (
-    DECODING,
-    ENCODING,
     OBJECTIVES,
     adopt,
     directions,
     inverse,
-    logs,
     norms,
-    put,
     put_slab,
     slab,
-    squares,
     strengths,
     tile,
 )
-
-
-@triton.jit
-def piece_row(t, phase, every, CHUNK: tl.constexpr, LONGEST: tl.constexpr, MARKED: tl.constexpr):
-    """The piece of a sequence that token t lies in, counted along it with gaps."""
-    position = phase + t
-    row = position // CHUNK * ((CHUNK + LONGEST - 1) // LONGEST) + position % CHUNK // LONGEST
-    return row + t // every if MARKED else row
-
-
-@triton.jit
-def first_row(
-    n, first, tokens, every, CHUNK: tl.constexpr, LONGEST: tl.constexpr, MARKED: tl.constexpr, PACKED: tl.constexpr
-):  # fmt: skip
-    """The row of scratch where the pieces of sequence n begin; one row is left behind the last piece."""
-    each: tl.constexpr = (CHUNK + LONGEST - 1) // LONGEST
-    if PACKED:
-        row = (first // CHUNK + 2 * n) * each + n
-        return row + first // every + n if MARKED else row
-    count = (tokens // CHUNK + 2) * each + 1
-    return n.to(tl.int64) * (count + tokens // every + 1 if MARKED else count)
-
-
-@triton.jit
-def piece_end(t, phase, every, length, CHUNK: tl.constexpr, LONGEST: tl.constexpr, MARKED: tl.constexpr):
-    """The token after the piece that begins with t."""
-    seen = (phase + t) % CHUNK
-    end = t + tl.minimum(CHUNK - seen, LONGEST - seen % LONGEST)
-    if MARKED:
-        end = tl.minimum(end, (t // every + 1) * every)
-    return tl.minimum(end, length)
-
-
-@triton.jit
-def written(key, value, phi, beta, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr):
-    """Hm and Eᵀ of a piece, taken at Φ; never by transposing a product."""
-    h = (value.to(tl.float32) - dot(key, phi, PRECISION)).to(key.dtype) if OBJECTIVE == DECODING else value
-    et = tl.trans(key).to(tl.float32)
-    if OBJECTIVE == ENCODING:
-        et -= dot(phi, tl.trans(value), PRECISION)
-    return h, et * tl.trans(beta)
-
-
-@triton.jit
-def transposed(key, value, phi, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr):
-    """Hmᵀ of a piece."""
-    ht = tl.trans(value)
-    if OBJECTIVE == DECODING:
-        ht = (ht.to(tl.float32) - dot(tl.trans(phi), tl.trans(key), PRECISION)).to(key.dtype)
-    return ht
-
-
-@triton.jit
-def to_end(g, rows, stride, size, GATED: tl.constexpr):
-    """w of a piece, the last row of W, and the last number of b."""
-    if GATED:
-        rest = tl.exp(tl.cumsum(logs(g, rows + 1, stride, size), reverse=True))
-        return rest, tl.exp(tl.sum(logs(g, rows, stride, size)))
-    return tl.full(rows.shape, 1.0, tl.float32), tl.full((), 1.0, tl.float32)
-
-
-@triton.jit
-def emptied(key, value, beta, g, stride, size, OBJECTIVE: tl.constexpr):
-    """Where a reset meets a write of zero before the piece's last token: the slot goes on as its first direction."""
-    at = tl.arange(0, key.shape[0])
-    gone = (tl.exp(logs(g, at, stride, size)) == 0) & (at < size - 1)
-    void = gone[:, None] & (beta == 0) & (key == key)
-    if OBJECTIVE != ENCODING:
-        void |= gone[:, None] & (key == 0)
-    if OBJECTIVE != DECODING:
-        void |= (gone & (tl.max(tl.abs(value), 1) == 0))[:, None]
-    return void
 
 
 @triton.jit
@@ -150,7 +74,8 @@ def turn(
     at = tl.arange(0, BT)
     i = tl.arange(0, BK)
     j = tl.arange(0, BV)
-    hm, et = written(key, value, phi.to(key.dtype), strength, OBJECTIVE, PRECISION)
+    hm = errors(key, value, phi.to(key.dtype), OBJECTIVE, PRECISION)
+    et = writes(key, value, phi.to(key.dtype), strength, OBJECTIVE, PRECISION)
     if GATED:
         w, b = to_end(g, at, g_t, size, GATED)
         et *= w[None, :]
@@ -163,12 +88,12 @@ def turn(
     u = dot(et.to(key.dtype), hm, PRECISION)
     a = tl.sum(phi * u, 1)
     s += u - a[:, None] * phi
-    rho = norms(s, GATED)
+    rho = norms(s, GATED, PRECISION)
     if KEEP:
         tl.store(ends + i, rho, mask=i < K)
         tl.store(ends + K + i, a, mask=i < K)
         tl.store(ends + 2 * K + i, tl.max(tl.abs(u), 1), mask=i < K)
-    unit = s * inverse(rho)[:, None]
+    unit = s * inverse(rho, PRECISION)[:, None]
     adopted = s
     if GATED and tl.min(tl.where(i < K, rho, 1.0)) == 0:  # only a reset leaves nothing of a row
         toward = slab(first_slots, i, j, K, V)
@@ -284,140 +209,20 @@ def chain(
                 end = then
 
 
-@triton.jit
-def decays(g, rows, stride, size, BT: tl.constexpr, GATED: tl.constexpr):
-    """W and b of a piece."""
-    below = rows[:, None] >= rows[None, :]
-    if GATED:
-        each = logs(g, rows, stride, size)
-        exponents = tl.cumsum(tl.where(rows[:, None] > rows[None, :], each[:, None], 0.0), 0)
-        return tl.where(below, tl.exp(exponents), 0.0), tl.exp(tl.cumsum(each))
-    return tl.where(below, 1.0, 0.0), tl.full((BT,), 1.0, tl.float32)
-
-
-@triton.jit
-def read_norms(e, gram, w, rows, PRECISION: tl.constexpr):
-    """N of a piece, and the diagonal of G and X that the backward also uses."""
-    own = tl.sum(tl.where(rows[:, None] == rows[None, :], gram, 0.0), 1)[:, None]
-    x = dot(tl.where(rows[:, None] > rows[None, :], w * gram, 0.0), e, PRECISION)
-    return dot(w * w, e * (2 * x + own * e), PRECISION), own, x
-
-
-@triton.jit
-def afresh(
-    key, value, beta, w, g, stride, size, first_slots, dtype: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, OBJECTIVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """First directions τ of slots, and f of every token: S̃ holds f∘τ since a slot was emptied."""
-    at = tl.arange(0, key.shape[0])
-    toward = slab(first_slots, tl.arange(0, key.shape[1]), tl.arange(0, BV), K, V).to(dtype)
-    void = emptied(key, value, beta, g, stride, size, OBJECTIVE).to(tl.float32)
-    return toward, dot(tl.where(at[:, None] > at[None, :], w, 0.0), void, PRECISION)
-
-
-@triton.jit
-def afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION: tl.constexpr):
-    """What f∘τ adds to ρ², Hm τᵀ, W(E∘Hm τᵀ) and ⟨φ,τ⟩."""
-    wide = toward.to(tl.float32)
-    p = dot(hm, tl.trans(toward), PRECISION)
-    crossed = dot(w, e * p, PRECISION)
-    met = tl.sum(phi.to(tl.float32) * wide, 1)[None, :]
-    return fresh * (fresh * squares(wide)[None, :] + 2 * (crossed - along * met)), p, crossed, met
-
-
-@triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
-def read(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
-    first_slots, pieces, slots, running, again, y, tokens, heads, group, scale,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The reads of one piece and head."""
-    row = (tl.program_id(0) // heads).to(tl.int64)
-    h = tl.program_id(0) % heads
-    size = tl.load(pieces + row * 4 + 2).to(tl.int32)
-    if size == 0:
-        return
-    n = tl.load(pieces + row * 4)
-    first = tl.load(pieces + row * 4 + 1)
-    resumed = tl.load(pieces + row * 4 + 3) != 0
-    batch = tl.zeros_like(n) if PACKED else n
-    at = tl.arange(0, BT)
-    i = tl.arange(0, BK)
-    j = tl.arange(0, BV)
-    operand = k.dtype.element_ty
-    query = tile(q + batch * q_b + first * q_t + (h // group) * q_h, at, i, q_t, size, K)
-    key = tile(k + batch * k_b + first * k_t + (h // group) * k_h, at, i, k_t, size, K)
-    value = tile(v + batch * v_b + first * v_t + h * v_h, at, j, v_t, size, V)
-    beta = strengths(beta + batch * beta_b + first * beta_t + h * beta_h, at, i, beta_t, size, K, PER_SLOT)
-    phi = slab(slots + (row * heads + h) * K * V, i, j, K, V).to(operand)
-    from_s = running + ((row if CUT else n) * heads + h) * K * V
-    if GATED:
-        g += batch * g_b + first * g_t + h * g_h
-    w, b = decays(g, at, g_t, size, BT, GATED)
-    hm, et = written(key, value, phi, beta, OBJECTIVE, PRECISION)
-    a = dot(hm, tl.trans(phi), PRECISION)
-    e = beta * key.to(tl.float32)
-    if OBJECTIVE == ENCODING:
-        # ρ must see the very E that is read: of a Z that nearly cancels, two roundings have little in common.
-        e = tl.trans(et) if PRECISION == "ieee" else beta * (key.to(tl.float32) - a)
-    along = dot(w, a * e, PRECISION)
-    weight = query.to(tl.float32) * scale
-    if GATED:
-        begun = tl.load(again + row * heads + h) > 0
-    if READ_NORM:
-        ht = transposed(key, value, phi, OBJECTIVE, PRECISION)
-        square, _, _ = read_norms(e, dot(hm, ht, PRECISION), w, at, PRECISION)
-        if resumed:
-            s = slab(from_s, i, j, K, V).to(operand)
-            p = dot(hm, tl.trans(s), PRECISION)
-            wide = phi.to(tl.float32)
-            unit = squares(wide)[None, :]
-            left = b[:, None] * tl.sum(wide * s.to(tl.float32), 1)[None, :]
-            least = left + along * (1 - unit)
-            crossed = dot(w, e * p, PRECISION)
-            square += (b * b)[:, None] * squares(s.to(tl.float32))[None, :] + along * along * (unit - 2)
-            square += 2 * (b[:, None] * crossed - along * left)
-            square = tl.maximum(square, least * least * inverse(unit))
-        else:
-            square = tl.maximum(square - along * along, 0.0) + (b * b)[:, None]
-        if GATED and begun:
-            toward, fresh = afresh(
-                key, value, beta, w, g, g_t, size, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION
-            )
-            more, _, _, met = afresh_square(e, along, fresh, hm, w, phi, toward, PRECISION)
-            square = tl.maximum(square + more, fresh * fresh * met * met)
-        weight *= inverse(tl.sqrt(square))
-        empty = (square <= 0) & (i < K)[None, :]
-    weights = w * dot(weight.to(operand), et.to(operand), PRECISION)
-    out = dot(weights.to(operand), hm, PRECISION)
-    if resumed:
-        s = slab(from_s, i, j, K, V).to(operand)
-        out += dot((b[:, None] * weight).to(operand), s, PRECISION)
-        out -= dot((along * weight).to(operand), phi, PRECISION)
-    else:
-        out += dot(((b[:, None] - along) * weight).to(operand), phi, PRECISION)
-    if GATED and begun:
-        toward, fresh = afresh(key, value, beta, w, g, g_t, size, first_slots, operand, K, V, BV, OBJECTIVE, PRECISION)
-        out += dot((fresh * weight).to(operand), toward, PRECISION)
-    if GATED and READ_NORM and tl.max(empty.to(tl.int32)) > 0:
-        toward = slab(first_slots, i, j, K, V).to(operand)
-        unread = tl.where(empty, query.to(tl.float32) * scale, 0.0)
-        out += dot(unread.to(operand), toward, PRECISION)
-    y += ((batch * tokens + first) * heads + h) * V
-    put(y, out.to(y.dtype.element_ty), at, j, heads * V, size, V)
-
-
 def area(problem: Problem) -> int:
     """How many numbers the slots of a head are, once their widths are powers of two."""
     return block(problem.sizes.K) * block(problem.sizes.V)
 
 
 def longest(problem: Problem, back: bool) -> int:
-    """Tokens of a piece: what keeps products short in true float32, and tiles in shared memory."""
+    """Tokens of a piece: what keeps products short in true float32, and tiles in shared memory.
+
+    Under Triton 3.6 products of 64 tokens that are 32 columns wide were seen to go out of bounds: narrow heads take 32.
+    """
     if problem.dtype == "float32":
         return 16
+    if min(block(problem.sizes.K), block(problem.sizes.V)) < 64:
+        return 32
     if back:
         return 64 if area(problem) <= (64 * 64 if problem.dtype == "float16" else 128 * 128) else 16
     return 64 if area(problem) <= 128 * 128 else 32
@@ -446,6 +251,7 @@ class Shape:
     rows: int
     common: dict[str, Any]
     chunk: dict[str, Any]
+    slots: dict[str, Any]
     cut: bool
 
     @classmethod
@@ -472,7 +278,11 @@ class Shape:
             "PRECISION": precision(problem) if problem.dtype == "float32" else "tf32",
         }
         pieces = {"CHUNK": chunk, "LONGEST": most, "MARKED": bool(every)}
-        return cls(chunks * each + s.N + (marks if every else 0), common, pieces, bool(common["CUT"]))
+        slots = {
+            "SLOTS": min(block(s.K), 64),
+            "HALVES": problem.dtype == "bfloat16" and not gated(problem),
+        }
+        return cls(chunks * each + s.N + (marks if every else 0), common, pieces, slots, bool(common["CUT"]))
 
 
 @dataclass(frozen=True)

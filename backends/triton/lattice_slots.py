@@ -81,19 +81,21 @@ def squares(s):
 
 
 @triton.jit
-def norms(s, CAREFUL: tl.constexpr):
-    """``‖s_i‖`` of every row; CAREFUL where the square of a row may underflow."""
+def norms(s, CAREFUL: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+    """``‖s_i‖`` of every row; CAREFUL where the square of a row may underflow, correctly rounded where PRECISION is."""
     if CAREFUL:
         peak = tl.max(tl.abs(s), 1)
         unit = tl.where(peak > 0, peak, 1)
         return peak * tl.sqrt_rn(squares(s / unit[:, None]))
-    return tl.sqrt_rn(squares(s))
+    return tl.sqrt_rn(squares(s)) if PRECISION == "ieee" else tl.sqrt(squares(s))
 
 
 @triton.jit
-def inverse(x):
-    """``1/x``, and 0 for 0."""
-    return tl.where(x > 0, tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.where(x > 0, x, 1.0)), 0.0)
+def inverse(x, PRECISION: tl.constexpr = "ieee"):
+    """``1/x``, and 0 for 0; correctly rounded, which takes a branch a number, only where products are."""
+    safe = tl.where(x > 0, x, 1.0)
+    found = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), safe) if PRECISION == "ieee" else 1.0 / safe
+    return tl.where(x > 0, found, 0.0)
 
 
 @triton.jit
@@ -141,18 +143,23 @@ def row_sums(x, y):
 
 
 @triton.jit
+def strength_of(beta, beta_t, t, length, i, K: tl.constexpr, PER_SLOT: tl.constexpr):
+    """beta of token t, a number a slot; zeros behind the last token."""
+    if PER_SLOT:
+        return vector(beta, i, t, beta_t, length, K)
+    one = tl.load(beta + tl.cast(t, tl.int64) * beta_t, mask=t < length, other=0).to(tl.float32)
+    return one + tl.zeros(i.shape, tl.float32)
+
+
+@triton.jit
 def turn_token(
-    t, s, p, key, value, beta, beta_t, g, g_t, first_slots,
+    t, s, p, key, value, strength, g, g_t, first_slots,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    OBJECTIVE: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
+    OBJECTIVE: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """The slots after token t, ρ, a and h; p predicts the token's value."""
     i = tl.arange(0, BK)
     wide = tl.cast(t, tl.int64)
-    if PER_SLOT:
-        strength = tl.load(beta + wide * beta_t + i, mask=i < K, other=0).to(tl.float32)
-    else:
-        strength = tl.load(beta + wide * beta_t).to(tl.float32) + tl.zeros((BK,), tl.float32)
     mu = tl.exp(tl.load(g + wide * g_t).to(tl.float32)) if GATED else 1.0
     h = value - p if OBJECTIVE == DECODING else value
     a = tl.sum(s * h[None, :], 1)

@@ -13,11 +13,13 @@ more in part. Weights are computed again in the backward, ``dq`` by blocks of qu
 ``dv`` by blocks of rows: every number is written once, by one program.
 """
 
+import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixers.spec import Array
 
@@ -63,25 +65,31 @@ def seen_by(bounds, n, t0, r, tokens, bound_heads, g, m, inside, other):
 
 @triton.jit
 def soften(
-    q, k, v, k_t, v_t, position, rows, low, high, scale, o, top, total,
+    q, k, v, k_t, v_t, n, g, position, rows, low, high, scale, o, top, total,
     E: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows into the running softmax."""
+    """One block of rows into the running softmax; ``scale`` is positive."""
     j, e, c = tl.arange(0, BK), tl.arange(0, BE), tl.arange(0, BV)
     there = position + j < rows
-    k += position.to(tl.int64) * k_t
-    v += position.to(tl.int64) * v_t
-    across = tl.load(k + e[:, None] + (j * k_t)[None, :], mask=(e < E)[:, None] & there[None, :], other=0.0)
-    s = dot(q, across, PRECISION) * scale
+    if DESCRIBED:
+        across = tl.trans(k.load([n, position, g * E]).reshape([BK, BE]))
+    else:
+        k += position.to(tl.int64) * k_t
+        across = tl.load(k + e[:, None] + (j * k_t)[None, :], mask=(e < E)[:, None] & there[None, :], other=0.0)
+    s = dot(q, across, PRECISION)
     if MASKED:
         at = (position + j)[None, :]
         s = tl.where((at >= low[:, None]) & (at < high[:, None]), s, float("-inf"))
-    higher = tl.maximum(top, tl.max(s, axis=1))
-    p = tl.exp2(s - higher[:, None])
+    higher = tl.maximum(top, tl.max(s, axis=1) * scale)
+    p = tl.exp2(s * scale - higher[:, None])
     shrink = tl.exp2(top - higher)
-    values = tl.load(v + (j * v_t)[:, None] + c[None, :], mask=there[:, None] & (c < V)[None, :], other=0.0)
-    o = o * shrink[:, None] + dot(p.to(values.dtype), values, PRECISION)
+    if DESCRIBED:
+        values = v.load([n, position, g * V]).reshape([BK, BV])
+    else:
+        v += position.to(tl.int64) * v_t
+        values = tl.load(v + (j * v_t)[:, None] + c[None, :], mask=there[:, None] & (c < V)[None, :], other=0.0)
+    o = tl.dot(p.to(values.dtype), values, o * shrink[:, None], input_precision=PRECISION)
     return o, higher, total * shrink + tl.sum(p, axis=1)
 
 
@@ -90,7 +98,7 @@ def forward(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, low, high, y, lse,
     tokens, rows, blocks, groups, scale,
     M: tl.constexpr, BOUND_HEADS: tl.constexpr, E: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The output of a block of queries; the last blocks, which see most, first."""
     pid = tl.program_id(0)
@@ -106,21 +114,22 @@ def forward(
     before, within, behind = pieces(first, inner, outer, last, BK)
 
     queries = rows_of(q, n, t0, r, q_b, q_t, q_h, g, M, inside, e, E)
-    k += n.to(tl.int64) * k_b + g * k_h
-    v += n.to(tl.int64) * v_b + g * v_h
+    if not DESCRIBED:
+        k += n.to(tl.int64) * k_b + g * k_h
+        v += n.to(tl.int64) * v_b + g * v_h
     o, total = tl.zeros([BQ, BV], tl.float32), tl.zeros([BQ], tl.float32)
     top = tl.full([BQ], LOWEST, tl.float32)
     for i in range(within):
         position = first + (before + i) * BK
         o, top, total = soften(
-            queries, k, v, k_t, v_t, position, rows, lows, highs, scale * LOG2E, o, top, total,
-            E, V, BE, BV, BK, False, PRECISION,
+            queries, k, v, k_t, v_t, n, g, position, rows, lows, highs, scale * LOG2E, o, top, total,
+            E, V, BE, BV, BK, False, DESCRIBED, PRECISION,
         )  # fmt: skip
     for i in range(before + behind):
         position = first + tl.where(i < before, i, within + i) * BK
         o, top, total = soften(
-            queries, k, v, k_t, v_t, position, rows, lows, highs, scale * LOG2E, o, top, total,
-            E, V, BE, BV, BK, True, PRECISION,
+            queries, k, v, k_t, v_t, n, g, position, rows, lows, highs, scale * LOG2E, o, top, total,
+            E, V, BE, BV, BK, True, DESCRIBED, PRECISION,
         )  # fmt: skip
 
     seen = total > 0
@@ -307,11 +316,15 @@ class PackedAttention:
         (q, k, v), (low, high) = x, fixed
         y = torch.empty((*q.shape[:3], _fitting(v)), dtype=v.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        if not q.numel():
-            return y[..., : v.shape[3]].contiguous(), lse
+        if not q.numel() or not k.numel():
+            return torch.zeros((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=q.device), lse.fill_(-math.inf)
         call = _Call(q, k, v, low, high, scale)
         size = _sizes(call.q, call.v, "forward")
-        forward[call.grid(size)](*call.arrays, y, lse, *call.counts(size), **call.constants(size))
+        described = not INTERPRETED and q.element_size() == 2
+        forward[call.grid(size)](
+            *(call.described(size["BK"]) if described else call.arrays), y, lse, *call.counts(size),
+            **call.constants(size), DESCRIBED=described,
+        )  # fmt: skip
         return y[..., : v.shape[3]].contiguous(), lse
 
     def backward(
@@ -344,8 +357,9 @@ class PackedAttention:
         )
         backward_rows[(blocks * q.shape[0] * groups * parts,)](
             *call.arrays, call.runs(size["BK"]), lse, dy, delta, dk, dv,
-            q.shape[1], k.shape[1], blocks, groups, parts, scale, **call.constants(size),
+            q.shape[1], k.shape[1], blocks, groups, parts, call.scale, **call.constants(size),
         )  # fmt: skip
+        dq = dq if call.sign > 0 else dq * call.sign
         dk, dv = (d[0] if parts == 1 else d.sum(0).to(q.dtype) for d in (dk, dv))
         return tuple(d[..., : a.shape[3]].contiguous() for d, a in ((dq, q), (dk, k), (dv, v)))
 
@@ -354,10 +368,21 @@ class _Call:
     """The arguments that all kernels share."""
 
     def __init__(self, q: Array, k: Array, v: Array, low: Array, high: Array, scale: float) -> None:
-        self.q, self.k, self.v = (_fitted(a) for a in (q, k, v))
+        # Kernels take positive factors: the largest product is then that of the largest logit.
+        self.sign = (scale > 0) - (scale < 0)
+        self.q, self.k, self.v = (_fitted(a) for a in (q if scale > 0 else q * self.sign, k, v))
         self.low, self.high = (a.to(torch.int32).contiguous() for a in (low, high))
-        self.scale, self.share = scale, q.shape[2] // k.shape[2]
+        self.scale, self.share = abs(scale) or 1.0, q.shape[2] // k.shape[2]
         self.arrays = (*(n for a in (self.q, self.k, self.v) for n in place(a, 0, 1, 2)), self.low, self.high)
+
+    def described(self, block: int) -> tuple[Any, ...]:
+        """``arrays`` with descriptors of keys and values in their places, for Hopper's copies of whole blocks."""
+
+        def of(a: Array) -> tuple[Any, ...]:
+            flat = a.flatten(2)
+            return TensorDescriptor(flat, flat.shape, flat.stride(), [1, block, a.shape[3]]), 0, 0, 0
+
+        return (*place(self.q, 0, 1, 2), *of(self.k), *of(self.v), self.low, self.high)
 
     def blocks(self, size: dict[str, int]) -> int:
         """Blocks of queries of a row of the batch and a head of keys."""
@@ -457,7 +482,7 @@ _SINGLES = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1)}
 # For bfloat16 and float16, by kernel and width.
 _HALVES = {
     ("forward", 64): (128, 64, 4, 3),
-    ("forward", 128): (128, 64, 8, 3),
+    ("forward", 128): (64, 64, 4, 3),
     ("queries", 64): (128, 64, 8, 3),
     ("queries", 128): (128, 64, 8, 2),
     ("rows", 64): (64, 128, 8, 2),

@@ -1,12 +1,11 @@
 """The delta rule that also tells how badly it predicted every token, without a second scan; see ``mixers.hybrid``.
 
-    p_t = S_{t-1}ᵀ k_t is what k_t reads one token earlier, so with q'_t = k_{t+1}, in a chunk that starts from S:
-    S_tᵀ q'_t = (e^G∘Q') S + tril(Q' Kᵀ∘L) U'
+    p_t = S_{t-1}ᵀ k_t = e^{G_{t-1}} Sᵀ k_t + Σ_{j<t} e^{G_{t-1}−G_j} ⟨k_t, k_j⟩ u_j      in a chunk that starts from S
 
-``delta_chunk``'s thin chain writes the first state S and the writes U' of every chunk, from which outputs are read side
-by side: they are read twice, by q and by q'. A last kernel compares every read with the value of the next token.
+``delta_chunk``'s thin chain writes the first state S and the writes u of every chunk, from which outputs are read side
+by side; one more kernel reads p of them, compares it with v and keeps nothing but the error.
 
-    q, k, q' [B,T,G,K]   v, reads [B,T,H,V]   begin [B,H,V], what the first key reads   e [B,T,H] float32
+    q, k [B,T,G,K]   v [B,T,H,V]   e [B,T,H] float32      G_{t-1} sums the decays of the chunk before t: 0 for its first
 """
 
 import torch
@@ -20,40 +19,85 @@ from mixers.ham import COSINE_FLOOR
 from mixers.problem import Flags
 from mixers.spec import Array
 
-from . import delta_chunk_forward as forwards
+from .blocks import LEAST, dot, locate, sums
 from .delta_chunk import Cut, DeltaChunk, backward
-from .kernel import WIDEST, block, dense, place, runs_here
+from .delta_chunk_forward import read
+from .kernel import INTERPRETED, WIDEST, place, runs_here
 
-ROWS = 16
 _KERNEL = DeltaChunk()
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
-def score(
-    reads, begin, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, e, rows, tokens, heads, floor,
-    V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, ROUTER: tl.constexpr, DECAY: tl.constexpr,
+@triton.jit
+def decays_before(g, BT: tl.constexpr, operand: tl.constexpr, PRECISION: tl.constexpr):
+    """``e^{G_{t-1}}`` and ``e^{G_{t-1}−G_j}`` for t > j of a chunk's tokens, from their ``log_decay [BT]``."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    g = tl.maximum(g, LEAST)
+    first = tl.exp(tl.sum(tl.where(i > j, g[None, :], 0.0), axis=1))
+    # Of pair (t, j) all g_m with j < m < t: a sum, never a difference.
+    return first, tl.exp(sums(i > j, tl.where(i > j, g[:, None], 0.0), PRECISION))
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "per"])
+def errors(
+    k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, written, states, e,
+    tokens, sequences, per, every, heads, group, floor,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+    ROUTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``e`` of some tokens' heads, from the reads of the tokens before them."""
-    r, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BV)[None, :]
-    head, token, batch = r % heads, r // heads % tokens, r // heads // tokens
-    inside = (r < rows)[:, None] & (c < V)
-    earlier = tl.load(reads + (r - heads)[:, None] * V + c, mask=inside & (token > 0)[:, None], other=0.0)
-    initial = tl.load(begin + (batch * heads + head)[:, None] * V + c, mask=inside & (token == 0)[:, None], other=0.0)
-    predicted = earlier + initial
-    at = batch * v_b + token * v_t + head * v_h
-    value = tl.load(v + at[:, None] + c, mask=inside, other=0.0).to(tl.float32)
+    """``e`` of one chunk of one head."""
+    pid = tl.program_id(0)
+    head, row = pid % heads, (pid // heads).to(tl.int64)
+    batch, start, count = locate(row, tokens, sequences, per, every, None, BT, False, False)
+    t = tl.arange(0, BT)
+    rows = (t < count)[:, None]
+    place = (batch * tokens + start + t) * heads + head
+    k += batch * k_b + (start + t[:, None]) * k_t + (head // group) * k_h
+    v += batch * v_b + (start + t[:, None]) * v_t + head * v_h
+    pairs = tl.zeros([BT, BT], tl.float32)
+    for at in range(0, K, BK):
+        c = at + tl.arange(0, BK)[None, :]
+        key = tl.load(k + c, mask=rows & (c < K), other=0.0)
+        pairs += dot(key, tl.trans(key), PRECISION)
+    log = tl.zeros([BT], tl.float32)
+    if DECAY:
+        log = tl.load(g + batch * g_b + (start + t) * g_t + head * g_h, mask=t < count, other=0.0).to(tl.float32)
+        first, between = decays_before(log, BT, k.dtype.element_ty, PRECISION)
+        pairs *= between
+    pairs = tl.where(t[:, None] > t[None, :], pairs, 0.0).to(k.dtype.element_ty)
+    states += (row * heads + head) * K * V
+    strength = tl.load(beta + batch * beta_b + (start + t) * beta_t + head * beta_h, mask=t < count, other=0.0)
+    met, size, wanted, missed = (tl.zeros([BT], tl.float32),) * 4
+    for part in range(0, V, BV):
+        x = part + tl.arange(0, BV)
+        predicted = tl.zeros([BT, BV], tl.float32)
+        for at in range(0, K, BK):
+            c = at + tl.arange(0, BK)
+            key = tl.load(k + c[None, :], mask=rows & (c < K)[None, :], other=0.0)
+            grid = c[:, None] * V + x[None, :]
+            held = tl.load(states + grid, mask=(c < K)[:, None] & (x < V)[None, :], other=0.0)
+            predicted += dot(key, held, PRECISION)
+        if DECAY:
+            predicted *= first[:, None]
+        values = rows & (x < V)[None, :]
+        write = tl.load(written + place[:, None] * V + x[None, :], mask=values, other=0.0)
+        predicted += read(pairs, write, PRECISION)
+        value = tl.load(v + x[None, :], mask=values, other=0.0).to(tl.float32)
+        if ROUTER == "cosine":
+            met += tl.sum(predicted * value, axis=1)
+            size += tl.sum(predicted * predicted, axis=1)
+            wanted += tl.sum(value * value, axis=1)
+        else:
+            if ROUTER == "beta_l2":
+                predicted *= tl.exp(log)[:, None]
+            missing = predicted - value
+            missed += tl.sum(missing * missing, axis=1)
     if ROUTER == "cosine":
-        size = tl.sqrt_rn(tl.sum(predicted * predicted, axis=1)) * tl.sqrt_rn(tl.sum(value * value, axis=1))
-        found = 1.0 - tl.sum(predicted * value, axis=1) / tl.maximum(size, floor)
+        found = 1.0 - met / tl.maximum(tl.sqrt_rn(size) * tl.sqrt_rn(wanted), floor)
     else:
-        if ROUTER == "beta_l2" and DECAY:
-            log = tl.load(g + batch * g_b + token * g_t + head * g_h, mask=r < rows, other=0.0).to(tl.float32)
-            predicted *= tl.exp(log)[:, None]
-        missing = predicted - value
-        found = tl.sqrt_rn(tl.sum(missing * missing, axis=1))
+        found = tl.sqrt_rn(missed)
         if ROUTER == "beta_l2":
-            found *= tl.load(beta + batch * beta_b + token * beta_t + head * beta_h, mask=r < rows, other=0.0)
-    tl.store(e + r, found, mask=r < rows)
+            found *= strength.to(tl.float32)
+    tl.store(e + place, found, mask=t < count)
 
 
 class PredictiveDelta:
@@ -70,7 +114,7 @@ class PredictiveDelta:
     ) -> tuple[Array, Array, Array]:
         """Output, last state, and the error of every token's heads; ``how`` is the router."""
         call, config = _prepared(x, factor, False)
-        s, (_, k, v, beta, g, first) = call.sizes, x
+        s, (_, _, v, beta, g, first) = call.sizes, x
         y, last = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(first)
         cut = Cut(call.problem(), call.x, config["block_t"])
         cut.prepare()
@@ -78,18 +122,16 @@ class PredictiveDelta:
         assert states is not None and written is not None
         cut.outputs(states, written, y)
 
-        later = torch.empty_like(cut.k, memory_format=torch.contiguous_format)
-        later[:, :-1], later[:, -1] = cut.k[:, 1:], 0
-        reads = _read_again(cut, later, states, written)
-        keys = k[:, 0].float().repeat_interleave(s.H // s.G, dim=1)
-        begin = torch.matmul(keys[:, :, None], first.float())[:, :, 0].contiguous()
-        errors = torch.empty((s.B, s.T, s.H), dtype=torch.float32, device=v.device)
-        rows = errors.numel()
-        score[(triton.cdiv(rows, ROWS),)](
-            reads, begin, *place(dense(v), 0, 1, 2), *place(beta, 0, 1, 2), *place(g, 0, 1, 2), errors, rows, s.T,
-            s.H, COSINE_FLOOR, V=s.V, BV=block(s.V), ROWS=ROWS, ROUTER=how, DECAY=g is not None,
+        found = torch.empty((s.B, s.T, s.H), dtype=torch.float32, device=v.device)
+        block_k, block_v = cut.wide
+        tokens, rows, per, every, heads, group = cut.lengths()
+        errors[(cut.rows * s.H,)](
+            *place(cut.k, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(beta, 0, 1, 2), *place(g, 0, 1, 2), written, states,
+            found, tokens, rows, per, every, heads, group, COSINE_FLOOR,
+            K=s.K, V=s.V, BT=cut.block_t, BK=block_k, BV=block_v, DECAY=g is not None, ROUTER=how,
+            PRECISION=cut.precision, num_warps=4, num_stages=1, **_registers(cut.k),
         )  # fmt: skip
-        return y, last, errors
+        return y, last, found
 
     def backward(
         self,
@@ -112,6 +154,12 @@ class PredictiveDelta:
 _NAMES = ("q", "k", "v", "beta", "log_decay", "initial.state")
 
 
+def _registers(keys: Array) -> dict[str, int]:
+    """So many that three programs share a multiprocessor; half precision needs six more, and spills none for it."""
+    plain = INTERPRETED or torch.version.hip is not None or keys.element_size() > 2
+    return {} if plain else {"maxnreg": 168}
+
+
 def _prepared(x: tuple[Array, ...], factor: float, grad: bool) -> tuple[Call, Config]:
     """The call of the recurrence alone, and how its kernel runs it."""
     spec = delta_rule if x[4] is None else gated_delta_rule
@@ -119,21 +167,6 @@ def _prepared(x: tuple[Array, ...], factor: float, grad: bool) -> tuple[Call, Co
     options = spec.resolve({"scale": factor})
     call = validate(spec, options, given, x[5], None, Flags(grad=grad, recompute=True))
     return call, _KERNEL.configs(call.problem())[0]
-
-
-def _read_again(cut: Cut, queries: Array, states: Array, written: Array) -> Array:
-    """What other queries read of the states and writes of all chunks, unscaled, in float32."""
-    s = cut.problem.sizes
-    cut.q, cut.scale = queries, 1.0
-    forwards.scores[(cut.rows * s.H,)](
-        *place(cut.q, 0, 1, 2), *place(cut.k, 0, 1, 2), *place(cut.g, 0, 1, 2),
-        cut.p, None, cut.inward, cut.outward, cut.offsets, *cut.lengths(), cut.scale,
-        **cut.constants(cut.wide[0]), DELTA=False, DECAY=cut.decay, PRECISION=cut.precision,
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
-    reads = cut.scratch(s.V, torch.float32)
-    cut.outputs(states, written, reads)
-    return reads
 
 
 PRIMITIVE = PredictiveDelta()

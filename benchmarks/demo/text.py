@@ -59,14 +59,14 @@ class Text:
         return torch.cat([torch.zeros_like(at), rows], dim=1)
 
 
-def standard_library() -> Text:
-    """Every 16th file is held out, up to ``HELD_OUT_BYTES``; the rest of them is left aside."""
+def standard_library(most: int = HELD_OUT_BYTES) -> Text:
+    """Every 16th file is held out, up to so many bytes in all; the rest of them is left aside."""
     home = Path(sysconfig.get_path("stdlib"))
     files = sorted(p for p in home.rglob("*.py") if not _SKIPPED.intersection(p.relative_to(home).parts))
     held_out: list[bytes] = []
     for path in files[8::16]:
         file = path.read_bytes()
-        if file and sum(map(len, held_out)) + len(file) <= HELD_OUT_BYTES:
+        if file and sum(map(len, held_out)) + len(file) <= most:
             held_out.append(file)
     train = b"".join(b"\0" + path.read_bytes() for i, path in enumerate(files) if i % 16 != 8)
     return Text(torch.frombuffer(bytearray(train), dtype=torch.uint8), tuple(held_out))

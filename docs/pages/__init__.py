@@ -3,6 +3,7 @@
     specification  →  made/mixers/<name>.md        a page a mixer
     kernels        →  made/support.part.md         what runs where
     results/*.json →  made/performance/*.part.md   tables, and pictures beside them
+    …/evidence/*.json → made/evidence/*.part.md    the same, of experiments
 
 A new mixer, kernel, option or result changes the site and needs no edit here.
 """
@@ -10,7 +11,7 @@ A new mixer, kernel, option or result changes the site and needs no edit here.
 from pathlib import Path
 from typing import Any
 
-from pages import measured, mixer, performance, support
+from pages import evidence, measured, mixer, performance, support
 from pages.mathml import register
 
 MADE = Path(__file__).parents[1] / "made"
@@ -20,6 +21,7 @@ def write(folder: Path = MADE) -> list[Path]:
     """Write every page that is made, and say which."""
     results = measured.load()
     pages = mixer.pages(results) | {"support.part.md": support.overview()} | performance.parts(results, folder)
+    pages |= evidence.parts(folder)
     written = []
     for name, text in pages.items():
         path = folder / name

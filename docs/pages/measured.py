@@ -16,16 +16,18 @@ class Results:
         cpu: ``python -m benchmarks.cpu``.
         gpu: ``python -m benchmarks.gpu``.
         cuda: ``python -m benchmarks.cuda``.
+        hybrid: ``python -m benchmarks.hybrid``.
     """
 
     cpu: dict[str, Any]
     gpu: dict[str, Any]
     cuda: dict[str, Any]
+    hybrid: dict[str, Any]
 
 
 def load(folder: Path = RESULTS) -> Results:
     """Read them."""
-    return Results(*(json.loads((folder / f"{name}.json").read_text()) for name in ("cpu", "gpu", "cuda")))
+    return Results(*(json.loads((folder / f"{name}.json").read_text()) for name in ("cpu", "gpu", "cuda", "hybrid")))
 
 
 def provenance(result: dict[str, Any]) -> str:
@@ -66,7 +68,7 @@ PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 def rows(results: Results, mixer: str) -> list[Row]:
     """Every time of a mixer, GPU first."""
-    return [*_gpu(results, mixer), *_cuda(results, mixer), *_cpu(results, mixer)]
+    return [*_gpu(results, mixer), *_cuda(results, mixer), *_hybrid(results, mixer), *_cpu(results, mixer)]
 
 
 def _gpu(results: Results, mixer: str) -> list[Row]:
@@ -98,6 +100,21 @@ def _cuda(results: Results, mixer: str) -> list[Row]:
             found.append(
                 Row(device, f"{shape} {dtype}", PASSES[what], kernel, row["ours_ms"] / 1e3, None, peer, theirs)
             )
+    return found
+
+
+def _hybrid(results: Results, mixer: str) -> list[Row]:
+    """As CUDA graphs where there are any, else as called."""
+    device, found = results.hybrid["machine"]["device"], []
+    for row in results.hybrid["rows"]:
+        name, *how = row["name"].split()
+        if name == mixer:
+            way = "graph_ms" if "graph_ms" in row else "eager_ms"
+            details = [*how[:-1], *([f"keeps {row['kept']:.0%}"] if "kept" in row else [])]
+            shape = " ".join([f"({','.join(map(str, row['shape']))})", *details, way.removesuffix("_ms")])
+            times = {who: ms / 1e3 for who, ms in row[way].items()}
+            peer, what = row.get("peer", ""), how[-1].replace("+", " + ")
+            found.append(Row(device, shape, what, "composed", times["ours"], None, peer, times.get("peer")))
     return found
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import measured
+from pages.figure import figure, save
 from pages.markdown import code, duration, table
 
 
@@ -17,8 +18,10 @@ def parts(results: measured.Results, folder: Path) -> dict[str, str]:
         "cpu": cpu(results.cpu),
         "growth": growth(results.cpu),
         "gpu": gpu(results.gpu),
+        "heads": heads(results.gpu),
         "serving": serving(results.gpu),
         "cuda": cuda(results.cuda),
+        "hybrid": hybrid(results.hybrid),
     }
     return {f"performance/{name}.part.md": text + "\n" for name, text in made.items()}
 
@@ -27,7 +30,8 @@ def cpu(result: dict[str, Any]) -> str:
     """Ours beside peers, in turns."""
     rows = [
         [
-            *(r["title"], r["case"], code(r["ours"]), duration(r["ours_seconds"]), f"{r['ours_spread']:.0%}"),
+            *(r["title"].split(", against")[0], r["case"], code(r["ours"])),
+            *(duration(r["ours_seconds"]), f"{r['ours_spread']:.0%}"),
             *(r["peer"], duration(r["peer_seconds"]), f"{r['ratio']:.1f}×"),
             f"{r['ratio_worst_turn']:.1f} to {r['ratio_best_turn']:.1f}",
         ]
@@ -61,39 +65,78 @@ def growth(result: dict[str, Any]) -> str:
 
 
 def gpu(result: dict[str, Any]) -> str:
-    """Ours beside flash-linear-attention."""
-    rows = []
-    for d in result["duels"]:
-        options = "".join(f" {n}={v}" for n, v in d["options"].items())
-        shape = "(" + ",".join(map(str, d["shape"])) + ")"
-        if d["key_heads"] != d["shape"][2]:
-            shape += f", {d['key_heads']} key heads"
-        theirs = duration(d["fla_ms"] / 1e3) if d["fla_ms"] else "refuses" if d["fla_refuses"] else ""
-        rows.append(
-            [
-                *(code(d["mixer"]) + options, shape, measured.PASSES[d["pass"]], code(d["kernel"])),
-                *(duration(d["ours_ms"] / 1e3), f"{d['floor_fraction']:.0%}", theirs),
-                f"{d['ratio']:.2f}×" if d["ratio"] else "",
-            ]
-        )
-    headers = ["mixer", "(B,T,H,D)", "pass", "kernel", "ours", "of the floor", "fla", "ratio"]
+    """Ours beside flash-linear-attention, a line a mixer and shape."""
     rates = result["rates"]
     return (
         f"{measured.provenance(result)} Copy {rates['copy'] / 1e12:.2f} TB/s, bfloat16 product "
-        f"{rates['matmul'] / 1e12:.0f} TFLOP/s.\n\n{table(headers, rows)}"
+        f"{rates['matmul'] / 1e12:.0f} TFLOP/s.\n\n"
+        + table(
+            [
+                "mixer",
+                "(B,T,H,D)",
+                "forward",
+                "fla",
+                "",
+                "forward + backward",
+                "fla",
+                "",
+                "of the floor",
+                "peak, fla's",
+            ],
+            (_duels(passes) for passes in _by_shape(result).values() if len(passes) == 2),
+        )
     )
+
+
+def heads(result: dict[str, Any]) -> str:
+    """One sequence whose keys have fewer heads than its values."""
+    rows = (
+        [code(d["mixer"]), str(d["shape"]).strip("[]"), str(d["key_heads"]), *_beside(d)]
+        for passes in _by_shape(result).values()
+        for d in passes.values()
+        if len(passes) == 1 and d["pass"] == "forward"
+    )
+    return table(["mixer", "(B,T,H,D)", "key heads", "forward", "fla", ""], rows)
+
+
+def _by_shape(result: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    """Duels by mixer, options and shape, then by pass."""
+    found: dict[Any, dict[str, Any]] = {}
+    for d in result["duels"]:
+        what = (d["mixer"], *d["options"].items(), *d["shape"], d["key_heads"])
+        found.setdefault(what, {})[d["pass"]] = d
+    return found
+
+
+def _duels(passes: dict[str, Any]) -> list[str]:
+    there, back = passes["forward"], passes["forward_backward"]
+    options = "".join(f", {name} {value}" for name, value in there["options"].items())
+    peaks = [f"{back[who] / 1e6:.0f} MB" for who in ("ours_peak_bytes", "fla_peak_bytes") if back[who]]
+    floor = f"{there['floor_fraction']:.0%}, {back['floor_fraction']:.0%}"
+    shape = ",".join(map(str, there["shape"]))
+    return [code(there["mixer"]) + options, shape, *_beside(there), *_beside(back), floor, ", ".join(peaks)]
+
+
+def _beside(duel: dict[str, Any]) -> list[str]:
+    """Our time, the other's, and how many times as long that is."""
+    theirs = duration(duel["fla_ms"] / 1e3) if duel["fla_ms"] else "refuses" if duel["fla_refuses"] else ""
+    return [duration(duel["ours_ms"] / 1e3), theirs, f"{duel['ratio']:.2f}×" if duel["ratio"] else ""]
 
 
 def serving(result: dict[str, Any]) -> str:
-    """One decoded token."""
+    """One decoded token, a line a shape."""
+    found: dict[Any, dict[str, Any]] = {}
+    for r in result["serving"]:
+        found.setdefault((r["batch"], r["heads"], r["width"]), {})[r["form"]] = r
     rows = (
         [
-            *(r["form"], str(r["batch"]), str(r["heads"]), str(r["width"])),
-            *(f"{r['microseconds']:.1f} µs", f"{r['copy_fraction']:.0%}"),
+            *map(str, shape),
+            *(f"{r['microseconds']:.1f} µs ({r['copy_fraction']:.0%})" for r in forms.values()),
         ]
-        for r in result["serving"]
+        for shape, forms in found.items()
     )
-    return table(["call", "sequences", "heads", "width", "time", "of the copy rate"], rows)
+    names = [f"`{form}` (of the copy rate)" for form in next(iter(found.values()))]
+    return table(["sequences", "heads", "width", *names], rows)
 
 
 def cuda(result: dict[str, Any]) -> str:
@@ -119,33 +162,35 @@ def cuda(result: dict[str, Any]) -> str:
     )
 
 
-def _figure() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "mixers"  # the same picture from the same numbers
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(8, 4.8), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+def hybrid(result: dict[str, Any]) -> str:
+    """What is made of other mixers, beside what one would write instead."""
+    rows = []
+    for r in result["rows"]:
+        way = "graph" if "graph_ms" in r else "eager"
+        times = r[f"{way}_ms"]
+        theirs = duration(times["peer"] / 1e3) if "peer" in times else ""
+        ratio = f"{times['peer'] / times['ours']:.2f}×" if "peer" in times else ""
+        kept = f"{r['kept']:.0%}" if "kept" in r else ""
+        shape = ",".join(map(str, r["shape"]))
+        rows.append([r["name"], shape, kept, way, duration(times["ours"] / 1e3), r.get("peer", ""), theirs, ratio])
+    machine = result["machine"]
+    where = measured.provenance(
+        {"machine": machine | {"gpu": machine["device"], "versions": {"torch": machine["torch"]}}}
+    )
+    headers = ["what", "(B,T,H,D)", "kept", "called", "ours", "beside", "its time", "ratio"]
+    return f"{where}\n\n{table(headers, rows)}"
 
 
 def growth_picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Seconds against tokens on a CPU."""
-    figure, axes = _figure()
+    drawing, axes = figure()
     for row in rows:
         axes.plot([int(t) for t in row["seconds"]], list(row["seconds"].values()), marker="o", label=row["mixer"])
     axes.set(yscale="log", xlabel="tokens", ylabel="seconds, forward + backward", title="(1,T,8,64,64), float32, CPU")
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save(drawing, path)
 
 
 def gpu_picture(duels: list[dict[str, Any]], path: Path) -> None:
@@ -153,7 +198,7 @@ def gpu_picture(duels: list[dict[str, Any]], path: Path) -> None:
     first = duels[0]["shape"]
     chosen = [d for d in duels if d["shape"] == first and d["pass"] == "forward_backward"]
     names = [d["mixer"] + "".join(f" C={v}" for v in d["options"].values()) for d in chosen]
-    figure, axes = _figure()
+    drawing, axes = figure()
     places = range(len(chosen))
     axes.barh([p - 0.2 for p in places], [d["ours_ms"] for d in chosen], 0.4, label="ours")
     axes.barh([p + 0.2 for p in places], [d["fla_ms"] or 0 for d in chosen], 0.4, label="fla, where it runs")
@@ -161,4 +206,4 @@ def gpu_picture(duels: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="milliseconds, forward + backward", title=f"{tuple(first)}, {chosen[0]['dtype']}, H200")
     axes.invert_yaxis()
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save(drawing, path)

@@ -89,16 +89,26 @@ class _Call:
         state = arguments.pop("initial_state")
         arguments = {n: a for n, a in arguments.items() if n not in ("cu_seqlens", "checkpoint_every")}
         found = self.named(self.mixer.step(**arguments, state=state))
-        return found | {"y": found["y"][:, None]}
+        return found | {name: found[name][:, None] for name in ("y", *self.mixer.spec.results)}
 
     def named(self, result: Result) -> dict[str, Array]:
         """A result by name."""
-        found = {"y": result.y}
+        found = {name: getattr(result, name) for name in ("y", *self.mixer.spec.results)}
         for prefix, state in (("final", result.state), ("checkpoint", result.checkpoints)):
             if state is not None:
                 parts = state if isinstance(state, tuple) else (state,)
                 found |= {f"{prefix}.{f.name}": a for f, a in zip(self.fields, parts, strict=True)}
         return found
+
+
+def fitted(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """As much of an array as a cache has room for, with zeros behind it."""
+    if array.shape == shape:
+        return array
+    found = np.zeros(shape, array.dtype)
+    both = tuple(slice(min(a, b)) for a, b in zip(array.shape, shape, strict=True))
+    found[both] = array[both]
+    return found
 
 
 def _host(array: Array) -> np.ndarray:
@@ -117,7 +127,7 @@ def _run_numpy(call: _Call, cast: _Cast, seeds: _Seeds, device: str) -> tuple[Na
         return {name: _host(a) for name, a in call.run(arrays).items()}, {}
     result, pullback = call.mixer.vjp(**call.arguments(arrays))
     outputs = call.named(result)
-    given = {name: seed.astype(outputs[name].dtype, copy=False) for name, seed in seeds.items()}
+    given = {name: fitted(seed, outputs[name].shape).astype(outputs[name].dtype) for name, seed in seeds.items()}
 
     def part(prefix: str) -> Any:
         parts = tuple(given.get(f"{prefix}.{f.name}") for f in call.floating)
@@ -159,7 +169,7 @@ def _run_torch(call: _Call, cast: _Cast, seeds: _Seeds, device: str) -> tuple[Na
         gradients = {}
         if seeds is not None:
             flowing = {n: s for n, s in seeds.items() if outputs[n].requires_grad}  # no token, no gradient
-            given = [alike(s, outputs[n].dtype) for n, s in flowing.items()]
+            given = [alike(fitted(s, outputs[n].shape), outputs[n].dtype) for n, s in flowing.items()]
             leaves = {name: a for name, a in arrays.items() if a.is_floating_point()}
             found: tuple[Any, ...] = (None,) * len(leaves)
             if flowing:
@@ -192,7 +202,9 @@ def _run_jax(call: _Call, cast: _Cast, seeds: _Seeds, device: str) -> tuple[Name
         if seeds is None:
             return {name: _host(a) for name, a in run(leaves)[1].items()}, {}
         flows, pullback, outputs = jax.vjp(run, leaves, has_aux=True)
-        (found,) = pullback({name: jnp.asarray(seed, dtype=flows[name].dtype) for name, seed in seeds.items()})
+        (found,) = pullback(
+            {n: jnp.asarray(fitted(seed, flows[n].shape), dtype=flows[n].dtype) for n, seed in seeds.items()}
+        )
         return {n: _host(a) for n, a in outputs.items()}, {n: _host(g) for n, g in found.items()}
 
 

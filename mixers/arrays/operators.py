@@ -7,6 +7,7 @@ and the operator; the problem, the choice of a kernel and everything that depend
 time. How a plan runs on tensors, where they are or on the host, is here too.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -170,17 +171,36 @@ def takes_tensors(plan: Plan) -> bool:
     return plan.kernel is not None and plan.kernel.arrays in ("torch", "any")
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def current_device(tensor: Array) -> Any:
     """The tensor's GPU as the current one, which is where kernels are launched."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+        return _AS_IT_IS
     return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+
+
+Blank = list[tuple[str, tuple[int, ...], Any]]
+
+
+def blank_outputs(problem: Problem) -> Blank:
+    """Name, shape and dtype of every tensor that a forward fills."""
+    return [(name, shape, getattr(torch, dtype)) for name, (shape, dtype) in problem.outputs().items()]
 
 
 def forward_here(plan: Plan, problem: Problem, x: Arrays) -> Arrays:
     """A kernel that takes tensors, where they are."""
+    return fill_here(plan, problem, with_first_state(problem, x), blank_outputs(problem))
+
+
+def fill_here(plan: Plan, problem: Problem, x: Arrays, blank: Blank) -> Arrays:
+    """The same for tensors among which is a first state."""
     device = x["q"].device
-    out = {n: torch.empty(s, dtype=getattr(torch, d), device=device) for n, (s, d) in problem.outputs().items()}
+    out = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in blank}
     with current_device(x["q"]):
-        plan.forward(problem, with_first_state(problem, x), out)
+        plan.forward(problem, x, out)
     return out
 
 

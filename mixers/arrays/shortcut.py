@@ -18,8 +18,9 @@ from mixers.arrays.operators import (
     argument_names,
     backward_here,
     backward_on_host,
+    blank_outputs,
     decode_key,
-    forward_here,
+    fill_here,
     forward_on_host,
     gradient_names,
     operator_key,
@@ -28,6 +29,7 @@ from mixers.arrays.operators import (
     result_names,
     runs_on_reference,
     takes_tensors,
+    with_first_state,
 )
 from mixers.mixer import Mixer
 from mixers.plan import Plan
@@ -73,8 +75,8 @@ class Shortcut:
     Operators cost as much again as the rest of a small call; they are for what is traced.
     """
 
-    def __init__(self, names: list[str], problem: Problem, plan: Plan, key: str) -> None:
-        self.names, self.problem, self.plan, self.key = names, problem, plan, key
+    def __init__(self, x: Arrays, problem: Problem, plan: Plan, key: str) -> None:
+        self.names, self.problem, self.plan, self.key = list(x), problem, plan, key
         self.layout = problem.spec.state(problem.option)
         shapes = problem.outputs()
         self.kept = [n for n in shapes if n.startswith("kept.")]
@@ -87,12 +89,18 @@ class Shortcut:
         alone = self.layout.type is None and self.last and not self.marks
         self.pair = self.last[0] if alone else ""
         self.here = takes_tensors(plan)
-        self.working = getattr(torch, problem.compute_dtype)
+        working = getattr(torch, problem.compute_dtype)
+        self.cast = None if all(t.dtype is working for t in x.values()) else working
         # Arrays that are stored as they are computed.
         self.plain = not self.here and all(d in ("int32", problem.compute_dtype) for _, d in shapes.values())
-        self.blank = [(n, s, np.dtype(d)) for n, (s, d) in shapes.items()] if self.plain else []
+        self.blank: list[tuple[str, tuple[int, ...], Any]] = []
         self.rest: Arrays = {"offsets": None}
-        if self.plain:
+        if self.here:
+            self.blank = blank_outputs(problem)
+            full = with_first_state(problem, {"q": x["q"], "offsets": None})
+            self.rest = {name: array for name, array in full.items() if name != "q"}
+        elif self.plain:
+            self.blank = [(n, s, np.dtype(d)) for n, (s, d) in shapes.items()]
             fill_first_state(problem.spec, problem.option, problem.sizes, self.rest, problem.compute_dtype)
 
     @classmethod
@@ -111,7 +119,7 @@ class Shortcut:
         key = operator_key(mixer, call, grad)
         problem = dataclasses.replace(call, flags=decode_key(key)[1]).problem()
         plan = mixer.plan(problem)
-        return None if plan.kernel is None else cls(list(x), problem, plan, key)
+        return None if plan.kernel is None else cls(x, problem, plan, key)
 
     def __call__(self, tensors: list[Array]) -> Result:
         """Run it."""
@@ -127,18 +135,15 @@ class Shortcut:
         """Outputs, and what is kept."""
         if not self.plain:
             x = dict(zip(self.names, tensors, strict=True)) | self.rest
-            return forward_here(self.plan, self.problem, x) if self.here else forward_on_host(
-                self.plan, self.problem, x
-            )  # fmt: skip
-        host, out, found = self.rest.copy(), dict[str, Any](), dict[str, Any]()
-        for name, tensor in zip(self.names, tensors, strict=True):
-            plain = tensor if tensor.dtype is self.working else tensor.to(self.working)
-            host[name] = plain.numpy(force=True)
-        for name, shape, dtype in self.blank:
-            out[name] = array = np.empty(shape, dtype)
-            found[name] = torch.from_numpy(array)
+            if self.here:
+                return fill_here(self.plan, self.problem, x, self.blank)
+            return forward_on_host(self.plan, self.problem, x)
+        if self.cast is not None:
+            tensors = [tensor.to(self.cast) for tensor in tensors]
+        host = self.rest | dict(zip(self.names, [tensor.numpy(force=True) for tensor in tensors], strict=True))
+        out: Arrays = {name: np.empty(shape, dtype) for name, shape, dtype in self.blank}
         self.plan.forward(self.problem, host, out)
-        return found
+        return {name: torch.from_numpy(array) for name, array in out.items()}
 
 
 class _Node(torch.autograd.Function):

@@ -4,6 +4,7 @@ The reference takes another way: plain torch operations, differentiable any numb
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -32,7 +33,7 @@ from mixers.packing import Pack, check_offsets
 from mixers.primitive import Primitive
 from mixers.problem import Arrays
 from mixers.result import Result
-from mixers.spec import Array
+from mixers.spec import Array, MixerSpec, Options, Sizes
 
 _NO_FUNC = (
     "{name}: torch.func cannot differentiate its kernels; take backend='reference', or torch.autograd.grad, which can"
@@ -216,8 +217,28 @@ def _first_state(call: Call) -> Arrays:
     """The spec's, for every sequence."""
     q, fields = call.x["q"], call.spec.state(call.options).fields
     compute = "float64" if q.dtype == torch.float64 else "float32"
-    first = [torch.from_numpy(a).to(q.device) for a in first_state(call.spec, call.options, call.sizes, compute)]
+    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if traced or torch._C._len_torch_dispatch_stack():
+        first = _copied(call.spec, call.options, call.sizes, compute, q)
+    else:
+        sizes = dataclasses.replace(call.sizes, B=1, T=0, N=1)
+        first = _held(call.spec, tuple(sorted(call.options.items())), sizes, compute, q.dtype, q.device)
     return {f"initial.{f.name}": t.expand(call.sizes.N, *t.shape) for f, t in zip(fields, first, strict=True)}
+
+
+def _copied(spec: MixerSpec, options: Options, sizes: Sizes, dtype: str, beside: Array) -> tuple[Array, ...]:
+    """The first state of one sequence, where a tensor lies; a cache has its dtype."""
+    arrays = zip(spec.state(options).fields, first_state(spec, options, sizes, dtype), strict=True)
+    return tuple(torch.from_numpy(a).to(beside if f.verbatim else beside.device) for f, a in arrays)
+
+
+@functools.lru_cache(maxsize=64)
+def _held(
+    spec: MixerSpec, options: tuple[tuple[str, Any], ...], sizes: Sizes, dtype: str, cache: Any, device: Any
+) -> tuple[Array, ...]:
+    """The same, copied once: a call that copies from the host could be captured in no graph."""
+    with torch.inference_mode(False):
+        return _copied(spec, dict(options), sizes, dtype, torch.empty(0, dtype=cache, device=device))
 
 
 def _flatten(result: Result) -> tuple[list[Any], None]:

@@ -27,8 +27,7 @@ def call(
     if not _serves(*of):
         return None
     define(primitive)
-    results: tuple[Array, ...] = _operators[primitive.name](*x, *fixed, factor, how, of[1])
-    return results
+    return _several(_operators[primitive.name](*x, *fixed, factor, how, of[1]))
 
 
 def define(primitive: Primitive) -> None:
@@ -43,16 +42,16 @@ def define(primitive: Primitive) -> None:
         dtype, device = str(x[0].dtype).removeprefix("torch."), x[0].device.type
         return find(name, backend, "torch", dtype, device, (x[1].shape[-1], x[2].shape[-1]))
 
-    def forward(*arguments: Any) -> tuple[Array, ...]:
+    def forward(*arguments: Any) -> Any:
         *tensors, factor, how, backend = arguments
         x = tuple(None if t is None else t.detach() for t in tensors[:count])
         with torch.cuda.device_of(x[0]):  # type: ignore[no-untyped-call]
-            return tuple(kernel_of(x, backend).forward(x, tuple(tensors[count:]), factor, how))
+            return _returned(tuple(kernel_of(x, backend).forward(x, tuple(tensors[count:]), factor, how)))
 
-    def shapes(*arguments: Any) -> tuple[Array, ...]:
+    def shapes(*arguments: Any) -> Any:
         x, fixed = arguments[:count], arguments[count:split]
-        found = primitive.shapes(x, fixed, str(x[0].dtype).removeprefix("torch."))
-        return tuple(x[0].new_empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in found)
+        found = primitive.shapes(x, fixed, str(x[0].dtype).removeprefix("torch."), arguments[-2])
+        return _returned(tuple(x[0].new_empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in found))
 
     def backward(*arguments: Any) -> tuple[Array, ...]:
         *tensors, factor, how, backend = arguments
@@ -69,7 +68,8 @@ def define(primitive: Primitive) -> None:
             x[0].new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in x
         )
 
-    def save(ctx: Any, inputs: Sequence[Any], output: Sequence[Array]) -> None:
+    def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        output = _several(output)
         *tensors, ctx.factor, ctx.how, ctx.backend = inputs
         ctx.mark_non_differentiable(*(output[i] for i in range(len(output)) if i not in flows))
         ctx.set_materialize_grads(False)
@@ -98,6 +98,16 @@ def define(primitive: Primitive) -> None:
     more += "".join(f", Tensor? d_{n}" for n in primitive.flows)
     back = _define(f"{name}_backward", backward, f"({given}{more}{rest})", count, backward_shapes)
     back.register_autograd(refuse)
+
+
+def _several(results: Any) -> tuple[Array, ...]:
+    """What an operator returned, which is no tuple where it is one tensor."""
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
+
+def _returned(results: tuple[Array, ...]) -> Any:
+    """What an operator returns."""
+    return results[0] if len(results) == 1 else results
 
 
 def _define(name: str, function: Any, arguments: str, results: int, fake: Any) -> Any:

@@ -7,7 +7,7 @@ for case in cases("numba"):
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,15 @@ DEVICES = ("cpu", "cuda")
 
 
 def kernels(backend: str, mixer: str) -> tuple[Kernel | None, ...]:
-    """A backend's kernels of a mixer; the reference is None."""
+    """A backend's kernels of a mixer; None for the reference, and for what is composed of parts that have kernels."""
     if backend == "reference":
         return (None,)
     found = installed()[backend]
-    return tuple(k for k in found.kernels() if mixer in k.mixers) if found.status() else ()
+    if not found.status():
+        return ()
+    every = found.kernels()
+    own = tuple(k for k in every if mixer in k.mixers)
+    return own or ((None,) if "composed" in forms(every, mixer) else ())
 
 
 def forms(kernels: tuple[Kernel, ...], mixer: str) -> list[str]:
@@ -62,18 +66,18 @@ def supported(
     return kernel.supports(dataclasses.replace(call.problem(), dtype=dtype, library=library, device=device))
 
 
-def own_library(kernel: Kernel | None) -> str:
+def own_library(kernel: Kernel | None, backend: str = "reference") -> str:
     """The library whose arrays a kernel is tried on; torch's where it takes any, for they have gradients."""
     if kernel is None:
-        return "numpy"
+        return "numpy" if backend == "reference" else installed()[backend].place.libraries[0]
     if kernel.arrays == "any":
         return autodiff() or "numpy"
     return kernel.arrays
 
 
-def own_dtypes(kernel: Kernel | None) -> tuple[str, ...]:
+def own_dtypes(kernel: Kernel | None, backend: str = "reference") -> tuple[str, ...]:
     """The dtypes in which a kernel computes: those of tensors have no float64, and multiply halves as they are."""
-    if own_library(kernel) == "numpy":
+    if own_library(kernel, backend) == "numpy":
         return ("float64", "float32")
     return ("float32", "bfloat16", *(["float64"] if kernel and kernel.arrays == "any" else []))
 
@@ -93,8 +97,8 @@ def cases(
         for kernel in kernels(backend, name):
             for law in LAWS:
                 for setting in _settings_of(law, get_spec(name)):
-                    for dtype in dtypes or own_dtypes(kernel):
-                        arrays = library or own_library(kernel)
+                    for dtype in dtypes or own_dtypes(kernel, backend):
+                        arrays = library or own_library(kernel, backend)
                         case = fitted(Case(law, setting, backend, kernel, dtype, arrays))
                         if case is not None:
                             yield case
@@ -103,13 +107,45 @@ def cases(
 def fitted(case: Case) -> Case | None:
     """The case where its kernel runs, without checkpoints if it refuses them; None where it refuses all the same."""
     plain = dataclasses.replace(case.setting, checkpoint_every=0)
-    for setting, device in itertools.product((case.setting, plain), DEVICES):
+    for setting, device in itertools.product((case.setting, plain), devices(case.library)):
         calls = [setting]
         if case.law == "steps":
             calls.append(dataclasses.replace(plain, lengths=(1,) * len(plain.lengths)))
-        if all(supported(call, case.kernel, case.dtype, case.library, device) for call in calls):
+        if all(_runs(case, call, device) for call in calls):
             return dataclasses.replace(case, setting=setting, device=device)
     return None
+
+
+def _runs(case: Case, setting: Setting, device: str) -> bool:
+    """Whether a kernel runs a call of a setting; of what is composed, whether each of its parts has one that does."""
+    if case.kernel or case.backend == "reference":
+        return bool(supported(setting, case.kernel, case.dtype, case.library, device))
+    every = installed()[case.backend].kernels()
+    return all(
+        any(spec.name in k.mixers and supported(part, k, case.dtype, case.library, device) for k in every)
+        for spec, options in setting.spec.parts(setting.resolved)
+        for part in [_part(setting, spec, options)]
+    )
+
+
+def _part(setting: Setting, spec: MixerSpec, options: Mapping[str, Any]) -> Setting:
+    """How a composition calls one of its parts: a batch, with whatever arrays it has for it."""
+    arrays = tuple((name, axes) for name, axes in setting.arrays if name in {a.name for a in spec.inputs})
+    return dataclasses.replace(
+        setting, spec=spec, options=tuple(options.items()), arrays=arrays, packed=False, initial="none",
+        lengths=(setting.sizes().T,) * setting.sizes().B, checkpoint_every=0,
+    )  # fmt: skip
+
+
+@functools.cache
+def devices(library: str) -> tuple[str, ...]:
+    """Where arrays may be, first where their library puts them: XLA's kernels run anywhere."""
+    if library == "jax":
+        import jax
+
+        if jax.default_backend() == "gpu":
+            return DEVICES[::-1]
+    return DEVICES
 
 
 @functools.cache

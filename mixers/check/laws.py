@@ -7,6 +7,7 @@ strides       law 3: so are arrays of any layout
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,8 @@ class Case:
         return self.kernel.form if self.kernel else ""
 
     def __str__(self) -> str:
-        kernel = f"/{self.kernel.name}" if self.kernel else ""
+        composed = "" if self.backend == "reference" else "/composed"
+        kernel = f"/{self.kernel.name}" if self.kernel else composed
         return f"{self.law}: {self.mixer} on {self.backend}{kernel}, {self.dtype} {self.library}: {self.setting}"
 
     def run(self) -> Verdict:
@@ -149,10 +151,10 @@ def cuts(case: Case) -> Verdict:
     at = int(generator(setting.seed, "cut").integers(0, tokens + 1))
     first = {n: a[:, :at] if n in timed else a for n, a in x.items()}
     state = case.evaluate(first, None)[0]
-    carried = {n.replace("final.", "initial."): a for n, a in state.items() if n != "y"}
+    carried = {n.replace("final.", "initial."): a for n, a in state.items() if n.startswith("final.")}
     second = {n: a[:, at:] if n in timed else a for n, a in x.items() if not n.startswith("initial.")} | carried
     end, back = case.evaluate(second, dout | {"y": dout["y"][:, at:]})
-    outputs = end | {"y": np.concatenate([state["y"], end["y"]], axis=1)}
+    outputs = end | {n: np.concatenate([state[n], end[n]], axis=1) for n in ("y", *setting.spec.results)}
     verdict = agree(case, outputs, whole)
     if not back:
         return verdict
@@ -175,9 +177,10 @@ def steps(case: Case) -> Verdict:
     for t in range(setting.sizes().T):
         token = {n: a[:, t : t + 1] if n in timed else a for n, a in x.items() if not n.startswith("initial.")}
         out = case.evaluate(token | state, None, step=True)[0]
-        outputs.append(out.pop("y"))
-        state = {n.replace("final.", "initial."): a for n, a in out.items()}
-    got = {n.replace("initial.", "final."): a for n, a in state.items()} | {"y": np.concatenate(outputs, axis=1)}
+        outputs.append(out)
+        state = {n.replace("final.", "initial."): a for n, a in out.items() if n.startswith("final.")}
+    got = {n.replace("initial.", "final."): a for n, a in state.items()}
+    got |= {n: np.concatenate([out[n] for out in outputs], axis=1) for n in ("y", *setting.spec.results)}
     return agree(case, got, whole)
 
 
@@ -186,33 +189,40 @@ def packs(case: Case) -> Verdict:
     setting = case.setting
     x = draw(setting, drawn_for(case.dtype))
     dout = seeds(setting, drawn_for(case.dtype), x)
-    outputs, gradients = case.evaluate(x, dout)
     every, row = setting.checkpoint_every, 0
-    worst, sums = Verdict(0.0, ""), {n: np.zeros_like(g) for n, g in gradients.items()}
-    for n, (alone, piece) in enumerate(sequences(setting, x)):
-        first, last = x["offsets"][n : n + 2]
-        rows = slice(row, row + (alone.lengths[0] // every if every else 0))
+    alone: list[tuple[Case, Callable[[str, np.ndarray], np.ndarray], Any, Named, Named]] = []
+    flowing = {name: np.zeros_like(a) for name, a in dout.items()}
+    for n, (one, piece) in enumerate(sequences(setting, x)):
+        first, last = (int(at) for at in x["offsets"][n : n + 2])
+        rows = slice(row, row + (one.lengths[0] // every if every else 0))
         row = rows.stop
+        part = functools.partial(_part, setting, n, slice(first, last), rows)
+        single = dataclasses.replace(case, setting=one)
+        shapes = single.evaluate(piece, None)[0]
+        own = {name: _crop(part(name, a), shapes[name].shape) for name, a in dout.items()}
+        for name, a in own.items():  # of a cache no more than this sequence fills
+            _crop(part(name, flowing[name]), a.shape)[...] = a
+        wanted, back = single.evaluate(piece, own)
+        alone.append((single, part, functools.partial(_place, setting, n=n, first=first, last=last), wanted, back))
 
-        def part(name: str, a: np.ndarray) -> np.ndarray:
-            """What belongs to this sequence."""
-            if name.startswith("checkpoint."):
-                return a[:, rows]  # noqa: B023
-            return a[:, first:last] if name == "y" else a[n : n + 1]  # noqa: B023
-
-        case_alone = dataclasses.replace(case, setting=alone)
-        shapes = case_alone.evaluate(piece, None)[0]
-        flowing = {name: _crop(part(name, a), shapes[name].shape) for name, a in dout.items()}
-        wanted, back = case_alone.evaluate(piece, flowing)
-        got = {name: _crop(part(name, a), wanted[name].shape) for name, a in outputs.items()}
-        worst = worse(worst, agree(case_alone, got, wanted))
+    outputs, gradients = case.evaluate(x, flowing)
+    worst, sums = Verdict(0.0, ""), {n: np.zeros_like(g) for n, g in gradients.items()}
+    for single, own_part, place, wanted, back in alone:
+        got = {name: _crop(own_part(name, a), wanted[name].shape) for name, a in outputs.items()}
+        worst = worse(worst, agree(single, got, wanted))
         for name, g in back.items():
-            at = _place(setting, name, n, first, last)
-            sums[name][at] += g
+            sums[name][place(name)] += g
     if every:
         behind = {name: a[:, row:] for name, a in outputs.items() if name.startswith("checkpoint.")}
         worst = worse(worst, compare(behind, {name: np.zeros_like(a) for name, a in behind.items()}, lambda *_: 0.0))
     return worse(worst, agree(case, gradients, sums, gradients=True))
+
+
+def _part(setting: Setting, n: int, tokens: slice, rows: slice, name: str, a: np.ndarray) -> np.ndarray:
+    """What belongs to a sequence of a pack."""
+    if name.startswith("checkpoint."):
+        return a[:, rows]
+    return a[:, tokens] if name in ("y", *setting.spec.results) else a[n : n + 1]
 
 
 def _crop(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

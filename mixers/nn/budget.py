@@ -66,7 +66,7 @@ class KeepBudget(nn.Module):
             kept = kept & (real if kept.ndim == 2 else real[..., None])
         heads = kept.shape[2] if kept.ndim == 3 else 1
         total = kept[..., 0].numel() if kept.ndim == 3 else kept.numel()
-        tokens = real.sum() * heads if real is not None else torch.tensor(total * heads, device=kept.device)
+        tokens = real.sum() * heads if real is not None else torch.full((), total * heads, device=kept.device)
         self.seen += torch.stack([kept.sum(), tokens]).to(self.seen)
 
     @torch.no_grad()

@@ -108,10 +108,10 @@ class LanguageModel(nn.Module):
         Returns:
             ``(logits [B,T,vocab], state)``; the state is None with ``return_state=False``.
         """
-        x, state = self._hidden(tokens, state, cu_seqlens, mask, return_state)
-        return self._logits(x), state
+        x, state = self.hidden(tokens, state, cu_seqlens, mask, return_state)
+        return self.logits(x), state
 
-    def _hidden(
+    def hidden(
         self,
         tokens: Tensor,
         state: State | None,
@@ -119,6 +119,7 @@ class LanguageModel(nn.Module):
         mask: Tensor | None = None,
         return_state: bool = True,
     ) -> tuple[Tensor, State | None]:
+        """``(x [B,T,D], state)``, what ``logits`` is of: take some tokens of it where not all are asked about."""
         x = self.embed(tokens)
         after = []
         for i, block in enumerate(self.blocks):
@@ -130,7 +131,8 @@ class LanguageModel(nn.Module):
             after.append(last)
         return x, tuple(after) if return_state else None
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """``[...,D]`` to ``[...,vocab]``."""
         return F.linear(self.norm(x), self.embed.weight)
 
     def generate(
@@ -169,12 +171,12 @@ class LanguageModel(nn.Module):
             raise ValueError(f"the prompt has shape {tuple(prompt.shape)}, expected [B,T] with at least one token")
         state = None
         for piece in torch.split(prompt, PIECE, dim=1):
-            x, state = self._hidden(piece, state)
+            x, state = self.hidden(piece, state)
         for i in range(tokens):
-            drawn = _draw(self._logits(x[:, -1]).float(), temperature, top_k, generator)
+            drawn = _draw(self.logits(x[:, -1]).float(), temperature, top_k, generator)
             yield drawn
             if i + 1 < tokens:
-                x, state = self._hidden(drawn[:, None], state)
+                x, state = self.hidden(drawn[:, None], state)
 
     def save(self, path: str | Path, **more: Any) -> None:
         """Write a checkpoint: the model's arguments and weights, and ``more`` beside them (an optimiser's state)."""

@@ -11,9 +11,12 @@ from mixers.backend import installed
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The tuner tunes CPU kernels here: once where those are checked, and once beside torch."""
-    backends = config.getoption("--backend")
-    return True if backends and "numba" not in backends else None
+    """The tuner tunes CPU kernels here: once where those are checked, and once beside torch.
+
+    What is shipped for kernels is checked wherever these can be imported.
+    """
+    backends, shipped = config.getoption("--backend"), collection_path.name == "test_shipped.py"
+    return True if backends and "numba" not in backends and not shipped else None
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +28,17 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     journal.log.clear()
     yield path
     knowledge.forget()
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of shipped profiles of this test's own, with none in it."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(knowledge, "SHIPPED", folder)
+    knowledge._shipped.cache_clear()
+    yield folder
+    knowledge._shipped.cache_clear()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ class Honest(Kernel):
     form = "recurrent"
     mixers = frozenset({"linear_attention"})
     arrays = "numpy"
-    pause = 0.004
+    pause = 0.008
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -74,7 +74,7 @@ def _scale(problem: Problem) -> float:
 class Fast(Honest):
     """As right, and faster."""
 
-    pause = 0.0
+    pause = 0.002
 
 
 class Wrong(Fast):
@@ -87,7 +87,9 @@ class Wrong(Fast):
 
 
 class WrongGradient(Fast):
-    """Right forward, and off by a thousandth backward."""
+    """Right forward, off by a thousandth backward, and the fastest of all."""
+
+    pause = 0.0
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """See ``Kernel``."""
@@ -130,13 +132,19 @@ class Leak(Fast):
 
 
 class Forgetful(Fast):
-    """Writes all but one element."""
+    """Writes all but one element, in both passes."""
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """See ``Kernel``."""
         last = out["y"][0, -1, 0, 0].copy()
         super().forward(problem, config, x, out)
         out["y"][0, -1, 0, 0] = last
+
+    def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
+        """See ``Kernel``."""
+        last = dx["v"][0, -1, 0, 0].copy()
+        super().backward(problem, config, x, out, dout, dx)
+        dx["v"][0, -1, 0, 0] = last
 
 
 class Raise(Fast):
@@ -174,6 +182,9 @@ class Faulty:
     def status(self) -> Support:
         """Always."""
         return Support.yes()
+
+    def compile_only(self, capability: int) -> None:
+        """Compiles nothing: who crashes or hangs when it runs does so ahead, too."""
 
     def kernels(self) -> tuple[Kernel, ...]:
         """Right and wrong ones."""

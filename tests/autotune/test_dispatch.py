@@ -1,5 +1,7 @@
 """Short ways of a call that was seen before: the same results, the same refusals."""
 
+import importlib
+import logging
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from mixers.autotune import knowledge
 
 import mixers
+from mixers import autotune
 
 
 def arguments(tokens: int = 20) -> dict[str, np.ndarray]:
@@ -42,6 +45,26 @@ def test_a_bound_call_refuses_what_it_was_not_bound_to() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match="NumPy"):
         mixers.get("lattice").bind(**{n: torch.from_numpy(a) for n, a in x.items()})
+
+
+def test_a_new_length_or_batch_compiles_and_logs_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mix = mixers.get("delta_rule")
+
+    def train(batch: int, tokens: int) -> None:
+        result, pullback = mix.vjp(**{n: np.resize(a, (batch, tokens, *a.shape[2:])) for n, a in arguments().items()})
+        pullback(np.ones_like(result.y))
+
+    train(2, 20)
+    train(64, 190)  # the first with work for several threads
+    decisions, kernels = list(autotune.log), importlib.import_module("mixers.backends.numba.cache")
+    monkeypatch.setattr(kernels.DiskCache, "load_overload", lambda *rest: pytest.fail("one is compiled"))
+    with caplog.at_level(logging.DEBUG, "mixers"):
+        for batch, tokens in ((1, 20), (2, 21), (2, 190), (7, 5), (64, 30)):
+            train(batch, tokens)
+    assert not caplog.records
+    assert list(autotune.log) == decisions
 
 
 def test_a_second_torch_call_goes_the_short_way_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

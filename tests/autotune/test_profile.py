@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mixers.autotune import knowledge
+from mixers.autotune import commands, knowledge
 from mixers.autotune.profile import Entry, Profile, Trial, load, save, user_path
 from typer.testing import CliRunner
 
@@ -59,9 +60,10 @@ def test_the_newer_of_two_entries_stays() -> None:
         lambda text: text.replace("seconds", "minutes"),
         lambda text: "\x00" + text,
         lambda text: "entry = 3\nformat = 1",
+        lambda text: '[project]\nname = "another program\'s"',
         lambda text: text.encode("utf-16").decode("latin-1"),
     ],
-    ids=["truncated", "version", "kind", "field", "bytes", "shape", "encoding"],
+    ids=["truncated", "version", "kind", "field", "bytes", "shape", "foreign", "encoding"],
 )
 def test_a_bad_file_is_set_aside_with_one_warning(
     profile: Path, caplog: pytest.LogCaptureFixture, damage: object
@@ -86,19 +88,37 @@ def test_a_bad_file_that_is_written_to_is_set_aside_too(profile: Path) -> None:
         assert load(profile) == Profile.of([ENTRY])
 
 
-def test_eight_processes_lose_nothing(profile: Path) -> None:
-    """Each adds its own entries, several times."""
-    program = (
-        "import sys, dataclasses\n"
-        "from mixers.autotune.profile import Profile, save, user_path\n"
-        "(entry,) = Profile.parse(sys.argv[2]).entries.values()\n"
-        "for n in range(5): assert save(user_path(), [dataclasses.replace(entry, key=f'{sys.argv[1]} {n}')])"
-    )
-    text = Profile.of([ENTRY]).text()
-    running = [subprocess.Popen([sys.executable, "-c", program, str(n), text]) for n in range(8)]
+TUNES = """
+import sys
+from mixers.autotune import profile, tuner
+from mixers.autotune.ahead import Ahead
+from mixers.autotune.key import FORWARD
+from mixers.autotune.workshop import Workshop
+import mixers
+
+def answer(self, do, name, config, patience, **rest):
+    return {"seconds": 0.001, "error": 0.5, "reason": ""}
+
+Ahead.start = Ahead.compare = Workshop.start = Workshop.open = lambda *rest: None
+Workshop.ask = answer
+spec, number = mixers.get_spec("linear_attention"), int(sys.argv[1])
+for width in (8, 16, 24):
+    shape = (1, 32, 1, width, 8 * (number + 1))
+    problem = tuner.problem_of(spec, shape, "float32", "numpy", "cpu", False, (), spec.resolve({}))
+    (entry,) = tuner.tune_problem(problem)
+    assert entry.id in profile.load(profile.user_path()).entries
+"""
+
+
+def test_eight_processes_that_tune_at_once_lose_nothing(profile: Path) -> None:
+    """Each tunes three problems; what their workers would measure is made up."""
+    profile.write_text("no profile")  # and whoever comes first sets this aside
+    running = [subprocess.Popen([sys.executable, "-c", TUNES, str(n)], stderr=subprocess.DEVNULL) for n in range(8)]
     assert [process.wait(120) for process in running] == [0] * 8
-    assert {e.key for e in load(profile).entries.values()} == {f"{p} {n}" for p in range(8) for n in range(5)}
+    found = {(e.key.split()[-2], e.key.split()[-1]) for e in load(profile).entries.values()}
+    assert found == {(f"K={width}", f"V={8 * n}") for width in (8, 16, 24) for n in range(1, 9)}
     assert not list(profile.parent.glob(".profile*"))
+    assert (profile.parent / "profile.toml.bad").read_text() == "no profile"
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders cannot be made read-only here")
@@ -122,6 +142,26 @@ def run(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
+
+
+def test_the_command_tunes_and_shows_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def tune(name: str, shape: tuple[int, ...], **rest: Any) -> list[Entry]:
+        rest["report"]("forward: numba/lattice.chunk", 1, 2)
+        asked.append((name, shape, rest["chunk_size"], rest["parts"]))
+        return [ENTRY]
+
+    monkeypatch.setattr(commands, "tune", tune)
+    code, text = run("tune", "lattice", "--shape", "1,1024,8,64,64", "-o", "chunk_size=16")
+    assert (code, asked) == (0, [("lattice", (1, 1024, 8, 64, 64), 16, ("forward", "backward"))])
+    for word in (ENTRY.key, "numba/lattice.chunk block=8 parts=2", "1.25", "1.4", f"remembered in {user_path()}"):
+        assert word in text.replace("\n", "")
+    assert run("tune", "latice")[0] == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("MIXERS_TUNE", "off")
+    code, text = run("tune", "lattice")
+    assert code == 2 and "MIXERS_TUNE=off" in text
 
 
 def test_commands_show_merge_and_export(profile: Path, tmp_path: Path) -> None:

@@ -41,11 +41,14 @@ class Subject:
         return next((case.device for case in found if case), "cpu")
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.kernel.name if self.kernel else 'loop'}-{self.spec.name}"
+        run = self.kernel.name if self.kernel else "loop" if self.backend == "reference" else "composed"
+        return f"{self.backend}-{run}-{self.spec.name}"
 
     def case(self, law: str, setting: Setting, dtype: str) -> Case | None:
         """A case of this kernel, None where it refuses the setting."""
-        return check.fitted(Case(law, setting, self.backend, self.kernel, dtype, check.own_library(self.kernel)))
+        return check.fitted(
+            Case(law, setting, self.backend, self.kernel, dtype, check.own_library(self.kernel, self.backend))
+        )
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,13 @@ def cases(config: pytest.Config, laws: tuple[str, ...]) -> list[Case]:
             for _, group in by_kernel:
                 found += list(group)[::every]
     most = config.getoption("--most")
-    # What is made of other mixers has caches whose size depends on numbers: tests/test_hybrid.py is about them.
-    found = [case for case in found if case.setting.spec.specialise is None]
     return share([case for case in found if not most or size(case.setting) <= most], config.getoption("--share"))
 
 
 def other(case: Case, library: str) -> bool:
     """A case of the first law that is not among a kernel's own, on its own arrays."""
-    own = case.kernel and check.own_library(case.kernel) == library and case.dtype in check.own_dtypes(case.kernel)
+    own = library == check.own_library(case.kernel, case.backend)
+    own = own and case.backend != "reference" and case.dtype in check.own_dtypes(case.kernel, case.backend)
     return case.law == "truth" and not own
 
 
@@ -146,7 +148,10 @@ def share(cases: list[Case], every: int) -> list[Case]:
     """Every n-th case of each group that differs in its setting alone; no group starts where its neighbour does."""
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
-        groups.setdefault((case.law, case.mixer, case.kernel, case.dtype, case.library), []).append(case)
+        # What is composed is slow outside of NumPy, and its parts have their own laws there: all laws in one group.
+        composed = case.kernel is None and case.backend != "reference" and case.library != "numpy"
+        law = "" if composed else case.law
+        groups.setdefault((law, case.mixer, case.kernel, case.dtype, case.library), []).append(case)
     return [
         case for start, group in enumerate(groups.values()) for case in group[start % min(every, len(group)) :: every]
     ]
