@@ -120,7 +120,7 @@ def retrace(
             z = key - a if OBJECTIVE == ENCODING else key
             c = strength * z
             x = hm[None, :] - a[:, None] * s
-            over = inverse(rho)
+            over = inverse(rho, "ieee")
             turned = (mu * s + c[:, None] * x) * over[:, None]
             if dy is not None:
                 up = vector(dy, j, t, dy_t, length, V)

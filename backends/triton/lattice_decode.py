@@ -69,8 +69,8 @@ def decode_tokens(
         if GATED:
             s *= tl.exp(tl.load(g + t * g_t).to(tl.float32))
         s += z[:, None] * (h[None, :] - a[:, None] * phi)
-        rho = norms(s, GATED)
-        unit = tl.where((rho > 0)[:, None], s * inverse(rho)[:, None], toward)
+        rho = norms(s, GATED, "ieee")
+        unit = tl.where((rho > 0)[:, None], s * inverse(rho, "ieee")[:, None], toward)
         weight = scale * vector(q, i, t, q_t, tokens, K)
         out = tl.sum(weight[:, None] * (unit if READ_NORM else s), 0)
         out = tl.where(real, out, 0.0)

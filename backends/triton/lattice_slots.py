@@ -81,7 +81,7 @@ def squares(s):
 
 
 @triton.jit
-def norms(s, CAREFUL: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+def norms(s, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
     """``‖s_i‖`` of every row; CAREFUL where the square of a row may underflow, correctly rounded where PRECISION is."""
     if CAREFUL:
         peak = tl.max(tl.abs(s), 1)
@@ -91,7 +91,7 @@ def norms(s, CAREFUL: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
 
 
 @triton.jit
-def inverse(x, PRECISION: tl.constexpr = "ieee"):
+def inverse(x, PRECISION: tl.constexpr):
     """``1/x``, and 0 for 0; correctly rounded, which takes a branch a number, only where products are."""
     safe = tl.where(x > 0, x, 1.0)
     found = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), safe) if PRECISION == "ieee" else 1.0 / safe
@@ -166,8 +166,8 @@ def turn_token(
     z = key - a if OBJECTIVE == ENCODING else key
     c = strength * z
     s = (mu - c * a)[:, None] * s + c[:, None] * h[None, :]
-    rho = norms(s, GATED)
-    s *= inverse(rho)[:, None]
+    rho = norms(s, GATED, "ieee")
+    s *= inverse(rho, "ieee")[:, None]
     if GATED:  # only a reset leaves nothing of a row
         j = tl.arange(0, BV)
         gone = (rho == 0) & (i < K)
