@@ -13,7 +13,7 @@ import torch
 import mixers
 from benchmarks import timing
 from benchmarks.evidence import reading
-from benchmarks.evidence.command import Experiment, Fleet, main, sweep
+from benchmarks.evidence.command import Experiment, Fleet, main, sweeps
 from benchmarks.evidence.store import Row
 from benchmarks.evidence.training import DEVICE, GPU, Training, curve, model_of, train
 
@@ -26,7 +26,7 @@ class Settings:
         chunks: sizes of a chunk.
         d_model, layers, heads: the model.
         length, batch, steps: bytes of a window, windows a step, and steps.
-        rates, seeds: see ``sweep``.
+        rates, seeds: see ``sweeps``.
         windows: held-out windows.
         timed: batch, tokens, heads and width of the timed call, in bfloat16.
     """
@@ -53,8 +53,8 @@ QUICK = Settings(
 def fleets(settings: Settings, rows: list[Row]) -> list[Fleet]:
     """The times first, alone; then rates and seeds of every chunk size."""
     jobs = [{"chunk_size": c, "what": "loss"} for c in settings.chunks]
-    learned = [fleet for job in jobs for fleet in sweep(job, settings.rates, settings.seeds, rows, "score")]
-    return [[{"chunk_size": c, "what": "time"} for c in settings.chunks], *learned]
+    times = [{"chunk_size": c, "what": "time"} for c in settings.chunks]
+    return [times, *sweeps(jobs, settings.rates, settings.seeds, rows)]
 
 
 def work(settings: Settings, fleet: Fleet) -> Iterator[tuple[Row, Row]]:

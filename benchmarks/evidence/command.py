@@ -43,14 +43,16 @@ class Experiment(Generic[S]):
     work: Callable[[S, Fleet], Iterator[tuple[Row, Row]]]
 
 
-def sweep(job: Row, rates: Sequence[float], seeds: Sequence[int], rows: list[Row], score: str) -> list[Fleet]:
-    """The first seed at every rate; then the others at the rate whose score was the highest."""
-    first = [job | {"rate": rate, "seed": seeds[0]} for rate in rates]
-    known = [row for row in rows if any(run.items() <= row.items() for run in first)]
-    if len(known) < len(first):
-        return [first]
-    best = max(known, key=lambda row: row[score])["rate"]
-    return [first, [job | {"rate": best, "seed": seed} for seed in seeds[1:]]]
+def sweeps(jobs: Sequence[Row], rates: Sequence[float], seeds: Sequence[int], rows: list[Row]) -> list[Fleet]:
+    """The first seed of every job at every rate; then the other seeds, each at the rate with the highest score."""
+    first = [[job | {"rate": rate, "seed": seeds[0]} for rate in rates] for job in jobs]
+    later = []
+    for job, fleet in zip(jobs, first, strict=True):
+        known = [row for row in rows if any(run.items() <= row.items() for run in fleet)]
+        if len(known) == len(fleet):
+            best = max(known, key=lambda row: row["score"])["rate"]
+            later.append([job | {"rate": best, "seed": seed} for seed in seeds[1:]])
+    return first + later
 
 
 def main(experiment: Experiment[Any], words: Sequence[str] | None = None) -> None:

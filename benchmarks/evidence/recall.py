@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.evidence.associations import associations
-from benchmarks.evidence.command import Experiment, Fleet, main, sweep
+from benchmarks.evidence.command import Experiment, Fleet, main, sweeps
 from benchmarks.evidence.store import Row
 from benchmarks.evidence.training import DEVICE, Training, curve, half, model_of, train
 from mixers.nn import KeepBudget, LanguageModel
@@ -47,7 +47,7 @@ class Settings:
         d_model, layers, heads: the model.
         widths: widths of a head's keys and values, which make the state.
         batch, steps: sequences a step, and steps.
-        rates, seeds: see ``sweep``.
+        rates, seeds: see ``sweeps``.
         sequences: of each examination.
     """
 
@@ -77,7 +77,7 @@ QUICK = Settings(
 def fleets(settings: Settings, rows: list[Row]) -> list[Fleet]:
     """Rates and seeds of every mixer and width."""
     jobs = [{"mixer": m, "width": w} for w in reversed(settings.widths) for m in settings.mixers]
-    return [fleet for job in jobs for fleet in sweep(job, settings.rates, settings.seeds, rows, "score")]
+    return sweeps(jobs, settings.rates, settings.seeds, rows)
 
 
 def model(settings: Settings, mixer: str, width: int, seed: int, **options: Any) -> LanguageModel:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.evidence import recall
-from benchmarks.evidence.command import Experiment, Fleet, main, sweep
+from benchmarks.evidence.command import Experiment, Fleet, main, sweeps
 from benchmarks.evidence.store import Row
 from benchmarks.evidence.training import model_of
 from mixers.nn import LanguageModel
@@ -42,7 +42,7 @@ def fleets(settings: Settings, rows: list[Row]) -> list[Fleet]:
     """Rates and seeds of every mixer and shape."""
     shapes = [("lattice", m, settings.value) for m in settings.slots] + [("ttt_linear", d, d) for d in settings.squares]
     jobs = [{"mixer": mixer, "slots": slots, "value": value} for mixer, slots, value in shapes]
-    return [fleet for job in jobs for fleet in sweep(job, settings.rates, settings.seeds, rows, "score")]
+    return sweeps(jobs, settings.rates, settings.seeds, rows)
 
 
 def work(settings: Settings, fleet: Fleet) -> Iterator[tuple[Row, Row]]:
