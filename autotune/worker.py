@@ -25,6 +25,7 @@ from mixers.autotune.key import BACKWARD, FORWARD, from_json
 from mixers.autotune.rig import Rig, rig_of
 
 from mixers.backend import Config, Kernel, installed
+from mixers.check.truth import autodiff
 from mixers.problem import Arrays, Problem
 
 # Bytes a call that are no noise of an allocator.
@@ -200,7 +201,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-    importlib.import_module(sys.argv[1])  # while candidates are still being compiled
+    for library in filter(None, (sys.argv[1], autodiff())):  # while candidates are still being compiled
+        importlib.import_module(library)
     Worker().serve(sys.stdin, answers)
 
 
