@@ -19,7 +19,7 @@ from mixers.kept_rows import kept_rows
 from mixers.mixer import Mixer
 from mixers.packed import PRIMITIVE as PACKED
 from mixers.packed import merge, packed_attention
-from mixers.primitive import Primitive, Shapes, run
+from mixers.primitive import Primitive, Shapes, alike, run
 from mixers.problem import Arrays
 from mixers.spec import Array, Options
 
@@ -145,7 +145,7 @@ def _whole(library: Any, mixer: Mixer, token: dict[str, Array], held: HAMState) 
     score, keep = _decisions(library, mixer, token, held.recurrence, error)
     raised = ham.lift(xp, score) if options["score_grad"] else None
 
-    q, k, value = sides(xp, options, token)
+    q, k, value = alike(library, wide, *sides(xp, options, token))
     q = spread(xp, q, heads)
     scale = ham.logit_scale(options, q.shape[-1])
     rows = _Rows(library, options, held, keep)

@@ -80,6 +80,13 @@ def find(
     return None
 
 
+def alike(library: Any, wide: str, *arrays: Array) -> tuple[Array, ...]:
+    """Arrays of one dtype, as kernels multiply: their own, or ``wide`` where theirs differ."""
+    if len({library.dtype(a) for a in arrays}) == 1:
+        return arrays
+    return tuple(library.cast(a, wide) for a in arrays)
+
+
 def run(
     library: Any,
     primitive: Primitive,

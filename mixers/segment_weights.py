@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mixers.algebra import device_of, joined, softmax, stop, take_along
-from mixers.primitive import Primitive, Shapes, run
+from mixers.primitive import Primitive, Shapes, alike, run
 from mixers.spec import Array
 
 
@@ -133,6 +133,7 @@ def segment_weights(
     ``top`` is less than the number of segments, or 0 for all of them.
     """
     xp = library.namespace
+    k, u = alike(library, library.dtype(key_sum), k, u)
     fixed = cuts.bounds(xp, u), cuts.seen(xp, u)
     found = run(library, PRIMITIVE, backend, (k, pooled, key_sum, u), fixed, float(cuts.before), f"{pool} {top}")
     if found is not None:
