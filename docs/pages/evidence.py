@@ -349,7 +349,7 @@ def bytes_picture(result: Result, path: Path) -> None:
     kinds, settings = by_kind(result), result["settings"]
     drawing, all_axes = figure(2, 2)
     learning, places, shares, segments = all_axes.flat
-    for color, (kind, runs) in enumerate(k for k in kinds.items() if _leads(k[1][0])):
+    for color, (kind, runs) in enumerate(k for k in kinds.items() if _leads(k[1][0], settings)):
         style = {"color": f"C{color % 10}", "label": kind}
         curve = [statistics.mean(column) for column in zip(*(r["curve"] for r in runs), strict=True)]
         seen = settings["steps"] * settings["batch"] * settings["length"]
@@ -378,9 +378,10 @@ def bytes_picture(result: Result, path: Path) -> None:
     save(drawing, path)
 
 
-def _leads(row: Row) -> bool:
-    """One line a mixer in the pictures of all: HAM with a quarter kept, memory caching with the middle segment."""
-    return row.get("share", 0.25) == 0.25 and row.get("segment", 128) == 128
+def _leads(row: Row, settings: Row) -> bool:
+    """One line a mixer in the pictures of all: HAM and memory caching with the middle of what they were given."""
+    share, segment = (sorted(settings[name])[len(settings[name]) // 2] for name in ("shares", "segments"))
+    return row.get("share", share) == share and row.get("segment", segment) == segment
 
 
 EXPERIMENTS: dict[str, tuple[Callable[[Result], str], Callable[[Result, Path], None], str]] = {
