@@ -168,7 +168,7 @@ def _flops(sizes: Sizes, options: Options) -> float:
     return 48.0 * sizes.K * sizes.K
 
 
-def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str) -> Shapes:
+def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str) -> Shapes:
     wide = "float64" if dtype == "float64" else "float32"
     return (tuple(x[2].shape), dtype), *((tuple(a.shape), wide) for a in x[4:8])
 

@@ -249,7 +249,7 @@ def chain(
     s = tl.load(first + n.to(tl.int64) * first_n + head * first_h + grid, mask=inside, other=0.0).to(tl.float32)
     operand = k.dtype.element_ty
     matrix = c[:, None] * V + e[None, :]
-    # K as it is given meets the state and leaves it, or is asked for after the reads.
+    # K as it was given both meets the state and enters it: it is loaded once.
     WHOLE: tl.constexpr = p is None or (DELTA and FUSED and DECAY < 2)
     if MARKED:
         mark = tl.load(marks + n) if PACKED else n.to(tl.int64) * (length // every)

@@ -22,7 +22,7 @@ from mixers.spec import Array
 from .blocks import LEAST, dot, locate, sums
 from .delta_chunk import Cut, DeltaChunk, backward
 from .delta_chunk_forward import read
-from .kernel import INTERPRETED, WIDEST, place, runs_here
+from .kernel import WIDEST, at_most, place, runs_here
 
 _KERNEL = DeltaChunk()
 
@@ -80,7 +80,7 @@ def errors(
             predicted *= first[:, None]
         values = rows & (x < V)[None, :]
         write = tl.load(written + place[:, None] * V + x[None, :], mask=values, other=0.0)
-        predicted += read(pairs, write, PRECISION)
+        predicted = read(pairs, write, predicted, PRECISION)
         value = tl.load(v + x[None, :], mask=values, other=0.0).to(tl.float32)
         if ROUTER == "cosine":
             met += tl.sum(predicted * value, axis=1)
@@ -124,12 +124,14 @@ class PredictiveDelta:
 
         found = torch.empty((s.B, s.T, s.H), dtype=torch.float32, device=v.device)
         block_k, block_v = cut.wide
+        # Three programs then share a multiprocessor: half precision needs six registers more, and spills none for it.
+        registers = at_most(168) if cut.k.element_size() == 2 else {}
         tokens, rows, per, every, heads, group = cut.lengths()
         errors[(cut.rows * s.H,)](
             *place(cut.k, 0, 1, 2), *place(cut.v, 0, 1, 2), *place(beta, 0, 1, 2), *place(g, 0, 1, 2), written, states,
             found, tokens, rows, per, every, heads, group, COSINE_FLOOR,
             K=s.K, V=s.V, BT=cut.block_t, BK=block_k, BV=block_v, DECAY=g is not None, ROUTER=how,
-            PRECISION=cut.precision, num_warps=4, num_stages=1, **_registers(cut.k),
+            PRECISION=cut.precision, num_warps=4, num_stages=1, **registers,
         )  # fmt: skip
         return y, last, found
 
@@ -152,12 +154,6 @@ class PredictiveDelta:
 
 
 _NAMES = ("q", "k", "v", "beta", "log_decay", "initial.state")
-
-
-def _registers(keys: Array) -> dict[str, int]:
-    """So many that three programs share a multiprocessor; half precision needs six more, and spills none for it."""
-    plain = INTERPRETED or torch.version.hip is not None or keys.element_size() > 2
-    return {} if plain else {"maxnreg": 168}
 
 
 def _prepared(x: tuple[Array, ...], factor: float, grad: bool) -> tuple[Call, Config]:

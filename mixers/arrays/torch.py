@@ -103,8 +103,10 @@ class Torch:
         x = dict(call.x)
         if x["offsets"] is not None and x["offsets"].device.type == "cpu":
             check_offsets(x["offsets"].numpy(), call.sizes.T)
-        if x.get(f"initial.{call.spec.state(call.options).fields[0].name}") is None:
-            if torch.compiler.is_compiling():
+        fields = call.spec.state(call.options).fields
+        if x.get(f"initial.{fields[0].name}") is None:
+            # A first state is kept where heads and widths alone make its shape; tracers do not follow that.
+            if torch.compiler.is_compiling() or any(set(f.axes.split()) - set("NHKVF") for f in fields):
                 return x | _first_state(call)
             return with_first_state(call.problem(), x)
         return x
