@@ -52,6 +52,10 @@ class Settings:
 
 
 FULL = Settings()
+SMALL = Settings(
+    d_model=128, layers=2, heads=2, hidden=320, length=128, batch=8, steps=300, rate=4e-3, windows=16,
+    shares=(0.0, 0.25, 1.0), segments=(32, 64),
+)  # fmt: skip
 QUICK = Settings(
     d_model=32, layers=2, heads=2, hidden=48, length=32, batch=2, steps=6, seeds=(0,), longer=4, windows=2,
     shares=(0.5,), segments=(16,),
@@ -115,4 +119,4 @@ def report(settings: Settings, training: Training) -> Row:
 
 
 if __name__ == "__main__":
-    main(Experiment("bytes", __doc__ or "", FULL, QUICK, fleets, work))
+    main(Experiment("bytes", __doc__ or "", FULL, SMALL, QUICK, fleets, work))

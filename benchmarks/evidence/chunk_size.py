@@ -45,6 +45,9 @@ class Settings:
 
 
 FULL = Settings()
+SMALL = Settings(
+    d_model=64, length=256, batch=4, steps=400, rates=(6e-3,), seeds=(0, 1), windows=64, timed=(1, 1024, 8, 64)
+)
 QUICK = Settings(
     chunks=(1, 16), d_model=32, length=32, batch=2, steps=6, rates=(2e-3,), seeds=(0,), windows=2, timed=(1, 64, 2, 16)
 )
@@ -112,4 +115,4 @@ def _milliseconds(run: Any) -> float:
 
 
 if __name__ == "__main__":
-    main(Experiment("chunk_size", __doc__ or "", FULL, QUICK, fleets, work))
+    main(Experiment("chunk_size", __doc__ or "", FULL, SMALL, QUICK, fleets, work))

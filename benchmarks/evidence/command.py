@@ -29,7 +29,8 @@ class Experiment(Generic[S]):
     Attributes:
         name: of its file.
         says: what it is about, in words.
-        full: settings of the committed results.
+        full: settings for a GPU.
+        small: settings for a CPU, minutes on two cores.
         quick: settings that show in seconds that all of it runs.
         fleets: all runs that follow from what is known, as lists of what identifies each.
         work: runs a fleet; yields ``(identity, found)`` as runs end.
@@ -38,6 +39,7 @@ class Experiment(Generic[S]):
     name: str
     says: str
     full: S
+    small: S
     quick: S
     fleets: Callable[[S, list[Row]], list[Fleet]]
     work: Callable[[S, Fleet], Iterator[tuple[Row, Row]]]
@@ -65,12 +67,14 @@ def main(experiment: Experiment[Any], words: Sequence[str] | None = None) -> Non
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds; what is not done then is left out")
     parser.add_argument("--workers", type=int, default=4, help="processes that share the GPU")
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory that all of them may take")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, into runs/evidence: shows that it all runs")
+    parser.add_argument(
+        "--size", choices=("full", "small", "quick"), default="full", help="a GPU's, a CPU's, or a trial"
+    )
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="runs whose identity says so")
-    parser.add_argument("--out", type=Path, help="the JSON; by default the committed one")
+    parser.add_argument("--out", type=Path, help="the JSON; by default the committed one, but for a trial")
     chosen = parser.parse_args(words)
-    settings = experiment.quick if chosen.quick else experiment.full
-    home = Path("runs/evidence") if chosen.quick else RESULTS
+    settings = getattr(experiment, chosen.size)
+    home = Path("runs/evidence") if chosen.size == "quick" else RESULTS
     store = Store(chosen.out or home / f"{experiment.name}.json", asdict(settings))
     Sailing(experiment, settings, store, chosen.workers, chosen.memory, dict(w.split("=", 1) for w in chosen.only)).run(
         time.monotonic() + chosen.budget

@@ -44,6 +44,7 @@ class Settings:
 
 
 FULL = Settings()
+SMALL = Settings(d_model=64, layers=2, heads=2, length=256, batch=4, steps=400, rate=6e-3, seeds=(0, 1))
 QUICK = Settings(d_model=32, layers=2, heads=2, length=32, batch=2, steps=6, seeds=(0,), windows=2)
 
 
@@ -95,4 +96,4 @@ def cumulated(rows: Tensor) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(Experiment("low_rank", __doc__ or "", FULL, QUICK, fleets, work))
+    main(Experiment("low_rank", __doc__ or "", FULL, SMALL, QUICK, fleets, work))

@@ -68,6 +68,10 @@ class Settings:
 
 
 FULL = Settings()
+SMALL = Settings(
+    words=512, length=64, pairs=(2, 4, 8, 16), examined=((64, 4), (64, 8), (64, 16), (128, 32)), d_model=64,
+    widths=(8, 32), batch=16, steps=600, rates=(3e-3, 1e-2), seeds=(0, 1), sequences=64,
+)  # fmt: skip
 QUICK = Settings(
     words=64, length=32, pairs=(2, 4), examined=((32, 4), (64, 8)), d_model=32, widths=(16,), batch=8, steps=8,
     rates=(1e-2,), seeds=(0,), sequences=8,
@@ -170,4 +174,4 @@ def report(settings: Settings, training: Training) -> Row:
 
 
 if __name__ == "__main__":
-    main(Experiment("recall", __doc__ or "", FULL, QUICK, fleets, work))
+    main(Experiment("recall", __doc__ or "", FULL, SMALL, QUICK, fleets, work))

@@ -56,6 +56,7 @@ class Settings:
 
 
 FULL = Settings()
+SMALL = Settings(d_model=64, length=256, batch=4, steps=400, rate=6e-3, seeds=(0, 1), examined=512, windows=4)
 QUICK = Settings(d_model=32, length=32, batch=2, steps=6, seeds=(0,), examined=32, windows=2)
 
 
@@ -175,4 +176,4 @@ class _Histogram:
 
 
 if __name__ == "__main__":
-    main(Experiment("redundancy", __doc__ or "", FULL, QUICK, fleets, work))
+    main(Experiment("redundancy", __doc__ or "", FULL, SMALL, QUICK, fleets, work))

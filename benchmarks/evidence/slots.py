@@ -32,6 +32,10 @@ class Settings(recall.Settings):
 
 
 FULL = Settings()
+SMALL = Settings(
+    words=512, length=64, pairs=(2, 4, 8, 16), examined=((64, 4), (64, 8), (64, 16), (128, 32)), d_model=64, batch=16,
+    steps=600, rates=(3e-3, 1e-2), seeds=(0, 1), sequences=64, slots=(4, 16, 64), value=16, squares=(8, 16, 32),
+)  # fmt: skip
 QUICK = Settings(
     words=64, length=32, pairs=(2, 4), examined=((32, 4), (64, 8)), d_model=32, batch=8, steps=6, rates=(1e-2,),
     seeds=(0,), sequences=8, slots=(4, 16), value=8, squares=(8,),
@@ -56,4 +60,4 @@ def work(settings: Settings, fleet: Fleet) -> Iterator[tuple[Row, Row]]:
 
 
 if __name__ == "__main__":
-    main(Experiment("slots", __doc__ or "", FULL, QUICK, fleets, work))
+    main(Experiment("slots", __doc__ or "", FULL, SMALL, QUICK, fleets, work))

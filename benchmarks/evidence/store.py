@@ -1,6 +1,7 @@
 """Results as JSON, written after every run: what is done when time ends is kept, and is not done again."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -79,9 +80,10 @@ def machine() -> Row:
         except importlib.metadata.PackageNotFoundError:
             continue
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    size = "".join(f" --size {value}" for word, value in itertools.pairwise(sys.argv) if word == "--size")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.evidence.{Path(sys.argv[0]).stem}",
+        "command": f"python -m benchmarks.evidence.{Path(sys.argv[0]).stem}{size}",
         "gpu": gpu,
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

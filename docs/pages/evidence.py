@@ -167,31 +167,34 @@ def slots_picture(result: Result, path: Path) -> None:
 
 
 def chunk_size(result: Result) -> str:
-    """Loss at the best rate, and times."""
+    """Loss at the rate of all seeds, and times where they were measured."""
     times = {row["chunk_size"]: row for row in result["runs"] if row["what"] == "time"}
     rows = []
     for (chunk,), runs in grouped((r for r in result["runs"] if r["what"] == "loss"), "chunk_size").items():
-        chosen, time = settled(runs), times.get(chunk, {})
-        shown = [f"{time[name]:.3g} ms" if name in time else "" for name in ("forward_ms", "forward_backward_ms")]
+        chosen, time = settled(runs), times.get(chunk)
+        shown = [f"{time[name]:.3g} ms" for name in TIMES] if time else []
         rows.append([str(chunk), spread([r["bits"] for r in chosen]), f"{chosen[0]['rate']:g}", *shown])
-    return table(["chunk_size", "bits a byte, held out", "rate", "forward", "forward + backward"], rows)
+    return table(["chunk_size", "bits a byte, held out", "rate", *(TIMES.values() if times else ())], rows)
+
+
+TIMES = {"forward_ms": "forward", "forward_backward_ms": "forward + backward"}
 
 
 def chunk_size_picture(result: Result, path: Path) -> None:
-    """Loss against time."""
-    drawing, all_axes = figure(1, 2)
-    left, second = all_axes.flat
+    """Loss against the chunk size, and time."""
+    times = [row for row in result["runs"] if row["what"] == "time"]
+    drawing, all_axes = figure(1, 2 if times else 1, squeeze=False)
     loss = grouped((r for r in result["runs"] if r["what"] == "loss"), "chunk_size")
-    chosen = [[r["bits"] for r in settled(runs)] for runs in loss.values()]
-    _seed_bars(left, [c for (c,) in loss], chosen)
-    left.set(xlabel="chunk_size", ylabel="bits a byte, held out")
-    times = [r for r in result["runs"] if r["what"] == "time"]
-    for name, label in (("forward_ms", "forward"), ("forward_backward_ms", "forward + backward")):
-        second.plot([r["chunk_size"] for r in times], [r[name] for r in times], marker="o", label=label)
-    second.set(xlabel="chunk_size", ylabel="milliseconds", yscale="log")
-    second.legend(fontsize=8)
-    for axes in (left, second):
+    _seed_bars(all_axes.flat[0], [c for (c,) in loss], [[r["bits"] for r in settled(runs)] for runs in loss.values()])
+    all_axes.flat[0].set(ylabel="bits a byte, held out")
+    for axes in all_axes.flat[1:]:
+        for name, label in TIMES.items():
+            axes.plot([r["chunk_size"] for r in times], [r[name] for r in times], marker="o", label=label)
+        axes.set(ylabel="milliseconds", yscale="log")
+        axes.legend(fontsize=8)
+    for axes in all_axes.flat:
         axes.set_xscale("log", base=2)
+        axes.set(xlabel="chunk_size")
         axes.grid(alpha=0.3)
     save(drawing, path)
 
@@ -349,7 +352,7 @@ def bytes_picture(result: Result, path: Path) -> None:
     kinds, settings = by_kind(result), result["settings"]
     drawing, all_axes = figure(2, 2)
     learning, places, shares, segments = all_axes.flat
-    for color, (kind, runs) in enumerate(k for k in kinds.items() if _leads(k[1][0])):
+    for color, (kind, runs) in enumerate(k for k in kinds.items() if _leads(k[1][0], settings)):
         style = {"color": f"C{color % 10}", "label": kind}
         curve = [statistics.mean(column) for column in zip(*(r["curve"] for r in runs), strict=True)]
         seen = settings["steps"] * settings["batch"] * settings["length"]
@@ -378,9 +381,10 @@ def bytes_picture(result: Result, path: Path) -> None:
     save(drawing, path)
 
 
-def _leads(row: Row) -> bool:
-    """One line a mixer in the pictures of all: HAM with a quarter kept, memory caching with the middle segment."""
-    return row.get("share", 0.25) == 0.25 and row.get("segment", 128) == 128
+def _leads(row: Row, settings: Row) -> bool:
+    """One line a mixer in the pictures of all: HAM and memory caching with the middle of what they were given."""
+    share, segment = (sorted(settings[name])[len(settings[name]) // 2] for name in ("shares", "segments"))
+    return row.get("share", share) == share and row.get("segment", segment) == segment
 
 
 EXPERIMENTS: dict[str, tuple[Callable[[Result], str], Callable[[Result, Path], None], str]] = {
