@@ -12,11 +12,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-import mixers  # noqa: E402
-from mixers.autotune.key import BACKWARD, FORWARD, to_json  # noqa: E402
-from mixers.autotune.tuner import problem_of  # noqa: E402
-from mixers.backend import Kernel, installed  # noqa: E402
-from mixers.spec import MixerSpec  # noqa: E402
+from mixers.autotune.key import BACKWARD, FORWARD, to_json
+from mixers.autotune.tuner import problem_of
+
+import mixers
+from mixers.backend import Kernel, installed
+from mixers.spec import MixerSpec
 
 CAPABILITY = "90"
 LAUNCHED = [
