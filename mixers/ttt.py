@@ -124,7 +124,7 @@ def step(
 
 
 def default_scale(xp: Any, chunk: int, beside: Array) -> Array:
-    """``1/i`` for the tokens of a mini-batch, made where the arrays are: no copy from the host, which no graph takes."""
+    """``1/i`` for the tokens of a mini-batch, made where the arrays are: a graph takes no copy from the host."""
     return 1.0 / xp.astype(xp.arange(1, chunk + 1, **device_of(beside)), beside.dtype)
 
 
