@@ -423,6 +423,7 @@ ham = MixerSpec(
         "o_kv = softmax over {i ≤ t : m_i} of attn_scale ⟨attn_q_t, attn_k_i⟩, of attn_v_i\n"
         "y = gate_rnn ∘ o_rnn + gate_kv ∘ o_kv"
     ),
+    lends=lambda options: bool(options["score_grad"]),
     source="arXiv 2603.22325; beta_l2, decide='head', include_self, window, max_kept, score_grad, attn_v are ours",
     inputs=_inputs({"decide": "all", "router": "cosine"}),
     parameters=(Arg("threshold", "", "instead of the option, where it moves", optional=True, draw="gate"),),

@@ -245,6 +245,8 @@ class MixerSpec:
         specialise: the specification under given options, where inputs or state depend on them.
         chunk: tokens that share a base point: the length of the axis ``C``.
         timed: inputs that follow from the length of a sequence, ``f(xp, tokens, like)``, ``[1, T, ...]`` each.
+        lends: whether, under given options, a gradient is lent to what has none, so that it is not the derivative of
+            the result and no difference of results shows it.
         refuse: a last check of a call, ``f(call, given, token)``, that raises; ``given`` is the state as passed.
         settle: cuts what ``reserve`` grew too far: ``f(call, outputs)``; never while something is traced.
         compose: runs a call on whole sequences by other mixers and array operations: ``f(library, mixer, call, x)``,
@@ -276,6 +278,7 @@ class MixerSpec:
     memory: Memory | None = None
     results: tuple[str, ...] = ()
     picks: Callable[[Options], bool] = lambda options: False
+    lends: Callable[[Options], bool] = lambda options: False
     specialise: "Callable[[Options], MixerSpec] | None" = None
     chunk: Callable[[Options], int] = lambda options: int(options.get("chunk_size", 1))
     timed: Callable[[Any, int, Array], dict[str, Array]] | None = None

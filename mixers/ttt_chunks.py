@@ -192,7 +192,8 @@ class _Batches:
         g2 = beta * errors(xp, {"k": k, "v": v, **self.norm}, z2)
         g1 = xp.matmul(g2, _transposed(xp, weight2)) * gelu_slope(xp, z1)
 
-        causal = xp.tril(xp.ones((length, length), dtype=q.dtype, **device_of(q)))
+        at = xp.arange(length, **device_of(q))
+        causal = xp.astype(at[:, None] >= at[None, :], q.dtype)
         rate = self.scale[phase : phase + length][:, None]
         part1 = xp.matmul(causal * (xp.matmul(q, _transposed(xp, k)) + 1.0), g1)
         if sums is not None:

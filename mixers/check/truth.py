@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mixers import reference
-from mixers.arrays.evaluate import evaluate
+from mixers.arrays.evaluate import evaluate, fitted
 from mixers.arrays.numpy import NumPy, fill_first_state
 from mixers.cases import Named, Setting, draw, generator, seeds
 from mixers.mixer import Mixer
@@ -25,6 +25,7 @@ from .verdict import EPSILON, Allowed, Verdict, errors, worse
 
 # Central differences of four points in float64 see about this much, relative to the gradient's norm.
 DIFFERENCE_TOLERANCE = 1e-6
+MIDDLE = 2e-5  # the step whose slope counts, relative to the array's largest number
 
 
 def autodiff() -> str:
@@ -66,21 +67,26 @@ def directional(setting: Setting, x: Named, dout: Named, name: str, direction: n
     """The derivative of ``Σ dout · output`` along a change of one array, and how far it can be trusted.
 
     Differences of four points at three steps; the two that agree best decide, and their disagreement is the doubt: a
-    long step may cross a kink (a slot that turns round), a short one drowns in rounding.
+    long step may cross a kink (a slot that turns round), a short one drowns in rounding, which counts besides.
     """
     reference = Mixer(setting.spec, "reference", dict(setting.options))
     size = max(1e-3, float(np.max(np.abs(np.where(np.isfinite(x[name]), x[name], 0.0)), initial=0.0)))
 
-    def value(change: float) -> float:
+    def terms(change: float) -> list[np.ndarray]:
         moved = x | {name: x[name] + change * direction}
         out = evaluate(reference, moved, "float64", checkpoint_every=setting.checkpoint_every)[0]
-        return sum(float(np.sum(dout[n] * out[n])) for n in dout)
+        return [fitted(dout[n], out[n].shape) * out[n] for n in dout]
+
+    def value(change: float) -> float:
+        return sum(float(np.sum(term)) for term in terms(change))
 
     def slope(step: float) -> float:
         return (8 * (value(step) - value(-step)) - (value(2 * step) - value(-2 * step))) / (12 * step)
 
-    long, middle, short = (slope(step * size) for step in (3e-4, 2e-5, 2e-6))
-    return middle, min(abs(long - middle), abs(middle - short))
+    long, middle, short = (slope(step * size) for step in (3e-4, MIDDLE, 2e-6))
+    # Each of the 18 values that a slope weighs is off by half a unit in the last place of its terms.
+    rounding = 18 * EPSILON["float64"] / 2 * sum(float(np.sum(np.abs(t))) for t in terms(0.0)) / (12 * MIDDLE * size)
+    return middle, min(abs(long - middle), abs(middle - short)) + rounding
 
 
 def along_directions(setting: Setting, dtype: str, x: Named, dout: Named, gradients: Named) -> Verdict:
@@ -132,7 +138,7 @@ def peer_slope(setting: Setting, x: Named, dout: Named, name: str, direction: np
             call[f"initial.{f.name}"] = np.broadcast_to(state, (setting.sizes().N, *state.shape))
     flags = Flags(checkpoint_every=setting.checkpoint_every)
     out = reference.forward(_Complex(), spec, options, setting.sizes(), flags, call)
-    return sum(float(np.sum(dout[n] * out[n].imag)) for n in dout) / h
+    return sum(float(np.sum(fitted(dout[n], out[n].shape) * out[n].imag)) for n in dout) / h
 
 
 def _peer_error(setting: Setting, x: Named, dout: Named, name: str, direction: np.ndarray, expected: float) -> float:
