@@ -65,7 +65,13 @@ class Explanation:
 
     @property
     def chosen(self) -> Candidate:
-        """The candidate that runs the forward."""
+        """The candidate that runs the forward.
+
+        Raises:
+            LookupError: nothing can run the call; it says why, candidate by candidate.
+        """
+        if not self.choices:
+            raise LookupError(f"nothing that was asked for can run this call:\n{self}")
         return self.choices[0][1].candidate
 
     @property

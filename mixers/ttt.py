@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixers.algebra import device_of, directions, like, outer, read
+from mixers.algebra import device_of, directions, outer, read
 from mixers.delta import BETA
 from mixers.linear import KEY, QUERY
 from mixers.spec import Arg, Array, Field, Memory, MixerSpec, Options, Sizes, StateLayout, count
@@ -123,10 +123,15 @@ def step(
     )
 
 
+def default_scale(xp: Any, chunk: int, beside: Array) -> Array:
+    """``1/i`` for the tokens of a mini-batch, made where the arrays are: a graph takes no copy from the host."""
+    return 1.0 / xp.astype(xp.arange(1, chunk + 1, **device_of(beside)), beside.dtype)
+
+
 def rates(xp: Any, options: Options, token_scale: Array | None, phase: Array, q: Array) -> tuple[Array, Array]:
     """``token_scale`` of this token, ``[N,1,1]``, and of the mini-batch's last."""
     if token_scale is None:
-        token_scale = like(xp, 1.0 / np.arange(1, options["chunk_size"] + 1), q)
+        token_scale = default_scale(xp, options["chunk_size"], q)
     return xp.take(token_scale, phase - 1, axis=0)[:, None, None], token_scale[-1]
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from mixers import reference
-from mixers.algebra import like
+from mixers.algebra import device_of
 from mixers.call import Call
 from mixers.primitive import run
 from mixers.problem import Arrays
 from mixers.spec import Array
-from mixers.ttt import residual_norm
+from mixers.ttt import default_scale, residual_norm
 from mixers.ttt_mlp import BATCHES, errors, gelu, gelu_slope
 
 State = tuple[Array, ...]
@@ -95,7 +95,7 @@ class _Batches:
         self.library, self.backend, self.chunk, self.dtype = library, backend, chunk, library.dtype(inputs["v"])
         self.inputs, self.constants = inputs, constants
         scale, one = constants.get("token_scale"), library.cast(inputs["v"][:1, :1], _wide(library, inputs["v"]))
-        self.scale = like(xp, 1.0 / np.arange(1, chunk + 1), one) if scale is None else scale
+        self.scale = default_scale(xp, chunk, one) if scale is None else scale
         self.norm = {n: constants[n][:, None] for n in ("norm_weight", "norm_bias") if constants.get(n) is not None}
 
     @functools.cached_property
@@ -192,7 +192,7 @@ class _Batches:
         g2 = beta * errors(xp, {"k": k, "v": v, **self.norm}, z2)
         g1 = xp.matmul(g2, _transposed(xp, weight2)) * gelu_slope(xp, z1)
 
-        causal = like(xp, np.tril(np.ones((length, length))), q)
+        causal = xp.tril(xp.ones((length, length), dtype=q.dtype, **device_of(q)))
         rate = self.scale[phase : phase + length][:, None]
         part1 = xp.matmul(causal * (xp.matmul(q, _transposed(xp, k)) + 1.0), g1)
         if sums is not None:

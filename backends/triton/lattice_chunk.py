@@ -17,7 +17,7 @@ from .lattice_slots import directions
 
 WIDEST = 256 * 128  # slots × values, in powers of two, whose products fit into shared memory
 WIDEST_DECAYING_BACK = 32 * 256  # likewise, where values are wider than 128
-WIDEST_FLOAT16_BACK = 128 * 64  # its backward multiplies float32, 64 tokens at a time
+WIDEST_FLOAT16_BACK = 128 * 64  # of a backward that multiplies float32, 64 tokens of float16 at a time
 
 
 class LatticeChunk(TritonKernel):
@@ -33,10 +33,9 @@ class LatticeChunk(TritonKernel):
         if problem.option["chunk_size"] == 1:
             return Support.no("runs chunk_size > 1; lattice.recurrent is the exact recurrence")
         _, _, key_dim, value_dim = problem.widths
-        widest = WIDEST_FLOAT16_BACK if problem.dtype == "float16" and problem.flags.grad else WIDEST
-        if area(problem) > widest:
+        if area(problem) > WIDEST:
             return Support.no(
-                f"slots fill shared memory: the product of K and V, each rounded up to a power of two, may be {widest}"
+                f"slots fill shared memory: the product of K and V, each rounded up to a power of two, may be {WIDEST}"
                 f", and K = {key_dim}, V = {value_dim}"
             )
         if gated(problem) and problem.flags.grad and value_dim > 128 and area(problem) > WIDEST_DECAYING_BACK:
@@ -86,16 +85,27 @@ class LatticeChunk(TritonKernel):
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """See ``Kernel``."""
-        narrow = area(problem) <= 64 * 64 and problem.sizes.K <= 128
-        if problem.dtype == "float32" or not gated(problem) or narrow:
+        if not _goes_wide(problem):
             backward(problem, config, x, dout, dx)
             return
-        # Wide slots that decay: products in half precision fill shared memory, or Triton 3.6 compiles them wrongly.
         exact = {name: torch.empty_like(dx[name], dtype=torch.float32) for name in "qkv"}
         wide = dataclasses.replace(problem, dtype="float32")
         backward(wide, config, x | {name: x[name].float() for name in "qkv"}, dout, dx | exact)
         for name, gradient in exact.items():
             dx[name].copy_(gradient)
+
+
+def _goes_wide(problem: Problem) -> bool:
+    """Whether a backward of half-precision inputs takes them as float32.
+
+    Slots that decay: products in half precision fill shared memory, or Triton 3.6 compiles them wrongly. float16: its
+    operands are float32 all the same, and 64 tokens of them at a time fill it.
+    """
+    if problem.dtype == "float32":
+        return False
+    if gated(problem):
+        return area(problem) > 64 * 64 or problem.sizes.K > 128
+    return problem.dtype == "float16" and area(problem) > WIDEST_FLOAT16_BACK
 
 
 KERNELS = (LatticeChunk(),)

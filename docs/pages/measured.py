@@ -38,6 +38,11 @@ def provenance(result: dict[str, Any]) -> str:
     return f"{device}, {machine['date'][:10]}, {versions}: `{machine['command']}`."
 
 
+def older(duel: dict[str, Any]) -> list[str]:
+    """The day of a time that is older than its file, as words; its kernel has changed since."""
+    return [f"earlier kernel, {duel['date']}"] if "date" in duel else []
+
+
 @dataclass(frozen=True)
 class Row:
     """One time of one mixer.
@@ -78,7 +83,7 @@ def _gpu(results: Results, mixer: str) -> list[Row]:
             b, t, h, d = duel["shape"]
             heads = h if duel["key_heads"] == h else f"{duel['key_heads']}/{h}"
             options = "".join(f" {n}={v}" for n, v in duel["options"].items())
-            shape = f"({b},{t},{heads},{d},{d}){options} {duel['dtype']}"
+            shape = ", ".join([f"({b},{t},{heads},{d},{d}){options} {duel['dtype']}", *older(duel)])
             theirs = duel["fla_ms"] and duel["fla_ms"] / 1e3
             peer = "" if mixer == "lattice" else "fla"
             kernel, seconds = duel["kernel"], duel["ours_ms"] / 1e3

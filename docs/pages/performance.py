@@ -91,7 +91,7 @@ def gpu(result: dict[str, Any]) -> str:
 def heads(result: dict[str, Any]) -> str:
     """One sequence whose keys have fewer heads than its values."""
     rows = (
-        [code(d["mixer"]), str(d["shape"]).strip("[]"), str(d["key_heads"]), *_beside(d)]
+        [_named(d), str(d["shape"]).strip("[]"), str(d["key_heads"]), *_beside(d)]
         for passes in _by_shape(result).values()
         for d in passes.values()
         if len(passes) == 1 and d["pass"] == "forward"
@@ -110,11 +110,17 @@ def _by_shape(result: dict[str, Any]) -> dict[Any, dict[str, Any]]:
 
 def _duels(passes: dict[str, Any]) -> list[str]:
     there, back = passes["forward"], passes["forward_backward"]
-    options = "".join(f", {name} {value}" for name, value in there["options"].items())
     peaks = [f"{back[who] / 1e6:.0f} MB" for who in ("ours_peak_bytes", "fla_peak_bytes") if back[who]]
     floor = f"{there['floor_fraction']:.0%}, {back['floor_fraction']:.0%}"
     shape = ",".join(map(str, there["shape"]))
-    return [code(there["mixer"]) + options, shape, *_beside(there), *_beside(back), floor, ", ".join(peaks)]
+    return [_named(there), shape, *_beside(there), *_beside(back), floor, ", ".join(peaks)]
+
+
+def _named(duel: dict[str, Any]) -> str:
+    """A mixer with its options, and the date where a time is older than its file and its kernel was another."""
+    return ", ".join(
+        [code(duel["mixer"]), *(f"{n} {value}" for n, value in duel["options"].items()), *measured.older(duel)]
+    )
 
 
 def _beside(duel: dict[str, Any]) -> list[str]:

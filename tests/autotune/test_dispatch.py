@@ -1,5 +1,6 @@
 """Short ways of a call that was seen before: the same results, the same refusals."""
 
+import dataclasses
 import importlib
 import logging
 from typing import Any
@@ -106,3 +107,10 @@ def test_what_became_known_changes_the_next_call() -> None:
         mix(**{n: a for n, a in x.items() if n != "beta"})
     with pytest.raises(ValueError, match="expected"):
         mix(**{**x, "beta": x["beta"][:, :3]})
+
+
+def test_where_nothing_can_run_asking_for_the_choice_says_why() -> None:
+    explained = mixers.get("lattice", backend="numba", chunk_size=4).explain(**arguments())
+    nothing = dataclasses.replace(explained, choices=())
+    with pytest.raises(LookupError, match=r"(?s)nothing that was asked for.*lattice.recurrent"):
+        _ = nothing.chosen

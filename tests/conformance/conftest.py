@@ -176,12 +176,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _parametrize(metafunc: pytest.Metafunc, name: str, values: Sequence[Case | Subject]) -> None:
     """With ``--dist loadgroup`` one process has all tests of a kernel, so that no other compiles it as well."""
 
-    def group(value: Case | Subject) -> str:
-        spec = value.spec if isinstance(value, Subject) else value.setting.spec
-        return value.kernel.name if value.kernel else spec.name
-
     def marks(value: Case | Subject) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.xdist_group(group(value)), *([pytest.mark.gpu] if value.device == "cuda" else [])]
+        spec = value.spec if isinstance(value, Subject) else value.setting.spec
+        group = pytest.mark.xdist_group(value.kernel.name if value.kernel else spec.name)
+        compiles = value.backend != "reference"
+        return [*([group] if compiles else []), *([pytest.mark.gpu] if value.device == "cuda" else [])]
 
     marked = [pytest.param(v, id=str(v), marks=marks(v)) for v in values]
     metafunc.parametrize(name, marked)
