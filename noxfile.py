@@ -49,15 +49,16 @@ SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASI
 # The site asks every backend's kernels and runs blocks of every library; it is built where most of these are at hand.
 SITE = "[torch,triton,flax,docs]"
 TESTS = {
-    "numba": ("", ("tests", "--backend", "reference", "--backend", "numba", "--share", "64")),
+    "numba": ("", ("tests", "--backend", "reference", "--backend", "numba", "--share", "128")),
     "torch": ("[torch]", ("tests", "--share", "1500", *WITHOUT_TORCH)),
     "jax": (SITE, IN_XLA),
     "triton": ("[triton]", (*SIMULATED, "--backend", "triton", "--share", "500")),
     "cuda": ("[torch,cuda]", (*SIMULATED_CUDA, "--backend", "cuda", "--share", "300")),
 }
 
-# What `nox` compiles of the CUDA kernels, for time: `nox -s ptx` compiles every dtype for both generations of GPUs.
-COMPILED = "sm_90 and bfloat16"
+# What `nox` compiles of the GPUs' kernels, for time; `nox -s ptx` compiles them all, CUDA's in every dtype for two
+# generations of GPUs.
+COMPILED = {"cuda": "sm_90 and bfloat16", "triton": "gated_delta_rule or lattice or ttt"}
 
 # Two processes of tests share the cores: threads that wait must not spin, and torch needs no more than one a process.
 SHARED_CORES = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
@@ -72,8 +73,8 @@ def tests(session: nox.Session, backend: str) -> None:
     # Tests of a kernel stay together where it is compiled; a simulator compiles nothing, so there its cores share all.
     run = ("pytest", "-n", "2", "--dist", "worksteal" if backend in SIMULATORS else "loadgroup", *options)
     session.run(*run, *session.posargs, env=SHARED_CORES | SIMULATORS.get(backend, {}))
-    if backend == "cuda":
-        compile_cuda(session, "-k", COMPILED)
+    if backend in COMPILED:
+        compile_kernels(session, backend, "-k", COMPILED[backend])
     if backend == "jax":
         build_site(session)
         run_blocks(session)
@@ -81,14 +82,15 @@ def tests(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def ptx(session: nox.Session) -> None:
-    """Every CUDA kernel in every dtype, compiled for two generations of GPUs on a machine that needs none."""
-    session.install(*PINS, "-e", ".[torch,cuda]", "pytest", "pytest-xdist", "hypothesis")
-    compile_cuda(session, *session.posargs)
+    """Every GPU kernel, CUDA's in every dtype for two generations of GPUs, compiled on a machine that needs none."""
+    session.install(*PINS, "-e", ".[torch,triton,cuda]", "pytest", "pytest-xdist", "hypothesis")
+    for backend in COMPILED:
+        compile_kernels(session, backend, *session.posargs)
 
 
-def compile_cuda(session: nox.Session, *options: str) -> None:
-    """PTX of the CUDA kernels, with checks of what is in it."""
-    session.run("pytest", "-n", "2", "tests/test_cuda_ptx.py", *options, env=SHARED_CORES)
+def compile_kernels(session: nox.Session, backend: str, *options: str) -> None:
+    """A backend's kernels as machine code or PTX, with checks of what is in it."""
+    session.run("pytest", "-n", "2", f"tests/test_{backend}_compiles.py", *options, env=SHARED_CORES)
 
 
 @nox.session

@@ -1,10 +1,12 @@
 """The experiments' own machinery: the recall task, training in steps, and results that survive an interruption."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks are not installed; behind all else, so that what is wins
 
 from benchmarks.evidence.associations import associations  # noqa: E402
 from benchmarks.evidence.store import Store  # noqa: E402

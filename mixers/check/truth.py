@@ -66,8 +66,9 @@ def drawn_for(dtype: str) -> str:
 def directional(setting: Setting, x: Named, dout: Named, name: str, direction: np.ndarray) -> tuple[float, float]:
     """The derivative of ``Σ dout · output`` along a change of one array, and how far it can be trusted.
 
-    Differences of four points at three steps; the two that agree best decide, and their disagreement is the doubt: a
-    long step may cross a kink (a slot that turns round), a short one drowns in rounding, which counts besides.
+    Differences of four points at three steps. The doubt is how far the middle one is from the short one, or from the
+    long one where that is less and rounding explains the short one: a long step may cross a kink (a slot that turns
+    round) or pass over what is narrow (a layer norm of numbers that are nearly alike), a short one drowns in rounding.
     """
     reference = Mixer(setting.spec, "reference", dict(setting.options))
     size = max(1e-3, float(np.max(np.abs(np.where(np.isfinite(x[name]), x[name], 0.0)), initial=0.0)))
@@ -83,10 +84,11 @@ def directional(setting: Setting, x: Named, dout: Named, name: str, direction: n
     def slope(step: float) -> float:
         return (8 * (value(step) - value(-step)) - (value(2 * step) - value(-2 * step))) / (12 * step)
 
-    long, middle, short = (slope(step * size) for step in (3e-4, MIDDLE, 2e-6))
+    long, middle, short = (slope(step * size) for step in (3e-4, MIDDLE, MIDDLE / 10))
     # Each of the 18 values that a slope weighs is off by half a unit in the last place of its terms.
     rounding = 18 * EPSILON["float64"] / 2 * sum(float(np.sum(np.abs(t))) for t in terms(0.0)) / (12 * MIDDLE * size)
-    return middle, min(abs(long - middle), abs(middle - short)) + rounding
+    near, far = abs(middle - short), abs(long - middle)
+    return middle, (near if near > 10 * rounding else min(near, far)) + rounding
 
 
 def along_directions(setting: Setting, dtype: str, x: Named, dout: Named, gradients: Named) -> Verdict:
