@@ -25,7 +25,7 @@ from .verdict import EPSILON, Allowed, Verdict, errors, worse
 
 # Central differences of four points in float64 see about this much, relative to the gradient's norm.
 DIFFERENCE_TOLERANCE = 1e-6
-MIDDLE = 2e-5  # the step whose slope counts, relative to the array's largest number
+STEPS = tuple(3e-4 / 10**k for k in range(7))  # relative to the array's largest number
 
 
 def autodiff() -> str:
@@ -66,9 +66,9 @@ def drawn_for(dtype: str) -> str:
 def directional(setting: Setting, x: Named, dout: Named, name: str, direction: np.ndarray) -> tuple[float, float]:
     """The derivative of ``Σ dout · output`` along a change of one array, and how far it can be trusted.
 
-    Differences of four points at three steps. The doubt is how far the middle one is from the short one, or from the
-    long one where that is less and rounding explains the short one: a long step may cross a kink (a slot that turns
-    round) or pass over what is narrow (a layer norm of numbers that are nearly alike), a short one drowns in rounding.
+    Differences of four points at shorter and shorter steps, until two differ by no more than rounding explains: a long
+    step may cross a kink (a slot that turns round) or pass over what is narrow (a layer norm of numbers that are nearly
+    alike), a short one drowns in rounding. The two that agree best decide; what is between them is the doubt.
     """
     reference = Mixer(setting.spec, "reference", dict(setting.options))
     size = max(1e-3, float(np.max(np.abs(np.where(np.isfinite(x[name]), x[name], 0.0)), initial=0.0)))
@@ -84,11 +84,18 @@ def directional(setting: Setting, x: Named, dout: Named, name: str, direction: n
     def slope(step: float) -> float:
         return (8 * (value(step) - value(-step)) - (value(2 * step) - value(-2 * step))) / (12 * step)
 
-    long, middle, short = (slope(step * size) for step in (3e-4, MIDDLE, MIDDLE / 10))
-    # Each of the 18 values that a slope weighs is off by half a unit in the last place of its terms.
-    rounding = 18 * EPSILON["float64"] / 2 * sum(float(np.sum(np.abs(t))) for t in terms(0.0)) / (12 * MIDDLE * size)
-    near, far = abs(middle - short), abs(long - middle)
-    return middle, (near if near > 10 * rounding else min(near, far)) + rounding
+    # A slope weighs 18 values, and each is off by half a unit in the last place of its terms.
+    wrong = 18 * EPSILON["float64"] / 2 * sum(float(np.sum(np.abs(term))) for term in terms(0.0)) / 12
+    found, doubt, before = float("nan"), float("nan"), slope(STEPS[0] * size)
+    for step in STEPS[1:]:
+        now, rounding = slope(step * size), wrong / (step * size)
+        apart = abs(now - before) + rounding
+        if not apart >= doubt:
+            found, doubt = now, apart
+        if apart <= 10 * rounding:
+            break
+        before = now
+    return found, doubt
 
 
 def along_directions(setting: Setting, dtype: str, x: Named, dout: Named, gradients: Named) -> Verdict:
