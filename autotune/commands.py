@@ -51,7 +51,7 @@ def add(app: typer.Typer, read_option: Callable[[str], tuple[str, Any]]) -> None
             if name not in known_names():
                 raise typer.BadParameter(unknown("mixer", name, known_names()))
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as progress:
             for name in names or known_names():
                 task = progress.add_task(name)
 
@@ -148,4 +148,4 @@ def _print(entries: Iterable[Entry]) -> None:
             f"{e.error:.2g}",
             e.date[:10],
         )
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -46,7 +46,7 @@ def list_() -> None:
         spec = mixers.get_spec(name)
         takes = (a.name + ("?" if a.optional else "") for a in (*spec.inputs[3:], *spec.parameters))
         table.add_row(name, "\n".join(takes), "exact" if spec.exact_in_chunks else "in the model", spec.summary)
-    Console().print(table)
+    Console(markup=False).print(table)
     typer.echo("An input with ? may be left out. A mixer's page: print(mixers.get_spec(name))")
 
 
@@ -65,7 +65,7 @@ def info() -> None:
     summaries = {name: backend.summary for name, backend in installed().items()}
     for name, status in backend_status().items():
         backends.add_row(name, status.reason or "available", summaries.get(name, "any device, token by token"))
-    Console().print(machine, versions, backends)
+    Console(markup=False).print(machine, versions, backends)
 
 
 @app.command()
@@ -112,7 +112,7 @@ def check(
             typer.echo(f"{backend} is not available: {status.reason}")
             continue
         todo = list(cases(backend, mixers=tuple(names or ())))
-        for case in track(todo, description=backend, console=Console(stderr=True), transient=True):
+        for case in track(todo, description=backend, console=Console(stderr=True, markup=False), transient=True):
             runs = f"{backend}/{case.kernel.name}" if case.kernel else backend
             results.setdefault((case.mixer, runs), []).append((case, case.run()))
     table = Table(box=None)
@@ -122,7 +122,7 @@ def check(
         wrong = sum(not verdict for _, verdict in found)
         worst = max(verdict.ratio for _, verdict in found)
         table.add_row(mixer, runs, str(len(found)), f"{worst:.3g}", f"{wrong} FAIL" if wrong else "pass")
-    Console().print(table)
+    Console(markup=False).print(table)
     failures = [(case, verdict) for found in results.values() for case, verdict in found if not verdict]
     for case, verdict in failures:
         typer.echo(f"{case}\n    {verdict.reason}")

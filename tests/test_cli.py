@@ -48,6 +48,7 @@ def test_info_says_why_a_backend_is_not_available(monkeypatch: pytest.MonkeyPatc
     code, text = run("info")
     assert code == 0
     assert "numba is not installed: pip install numba" in text
+    assert "'sequence-mixers[jax]'" in text  # no style of the terminal's
 
 
 @pytest.mark.parametrize("name", mixers.names())

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.demo.training import BYTES_PER_STEP, Run
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # [torch] is a name here, not a style
 
 
 def progress() -> Progress:
