@@ -302,19 +302,27 @@ def _reserve(options: Options) -> Any:
 
 
 def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:
-    """Whole pages of kept tokens, and no more, where their number can be known."""
+    """Whole pages of kept tokens, and no more, where their number can be known: how often a call was cut is not seen."""
     if call.options["max_kept"]:
         return out
-    for prefix in ("final", "checkpoint"):
+    for prefix, axis in (("final", 1), ("checkpoint", 2)):
         counts = out.get(f"{prefix}.count")
         most = None if counts is None else call.library.largest(counts)
         if most is None:
             continue
         room = -(-most // PAGE) * PAGE
         for name in ("keys", "values", *(("bias",) if call.options["score_grad"] else ())):
-            a = out[f"{prefix}.{name}"]
-            out[f"{prefix}.{name}"] = a[:, :room] if prefix == "final" else a[:, :, :room]
+            out[f"{prefix}.{name}"] = _sized(call.library.namespace, out[f"{prefix}.{name}"], axis, room)
     return out
+
+
+def _sized(xp: Any, rows: Array, axis: int, room: int) -> Array:
+    """So many rows along an axis: the first of them, or zeros behind them."""
+    found = rows.shape[axis]
+    if found >= room:
+        return rows[(slice(None),) * axis + (slice(room),)]
+    zeros = xp.zeros((*rows.shape[:axis], room - found, *rows.shape[axis + 1 :]), dtype=rows.dtype, **device_of(rows))
+    return xp.concat([rows, zeros], axis=axis)
 
 
 def refuse(call: Any, given: Any, token: bool) -> None:

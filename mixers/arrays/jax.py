@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -29,11 +30,15 @@ from mixers.result import Result
 from mixers.spec import Array
 
 
+# Products of float32 are true ones wherever they run: left to itself, XLA rounds their operands to tf32 on a GPU.
+_EXACT = {"matmul": functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)}
+
+
 class JAX:
     """See ``mixers.arrays.Library``."""
 
     name = "jax"
-    namespace = jnp
+    namespace = SimpleNamespace(**(vars(jnp) | _EXACT))
 
     def dtype(self, array: Array) -> str:
         """The name of an array's dtype."""
