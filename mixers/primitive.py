@@ -25,7 +25,8 @@ class Primitive:
         fixed: arrays that no gradient reaches.
         results: what it returns.
         shapes: shape and dtype of every result, ``f(x, fixed, dtype, how)``, ``dtype`` being that of the first array.
-        flows: the results through which gradients come back.
+        flows: the results through which gradients come back; none if it serves only calls that ask for no gradient,
+            which torch alone can tell.
     """
 
     name: str
@@ -108,7 +109,7 @@ def by_custom(
 ) -> tuple[Array, ...] | None:
     """``Library.primitive`` through ``Library.custom``."""
     kernel = find(*of)
-    if kernel is None:
+    if kernel is None or not primitive.flows:
         return None
 
     def forward(*x: Array) -> tuple[tuple[Array, ...], Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 from typing import Any
 
 import pytest
@@ -91,4 +92,49 @@ def test_ptx_of_a_single_token(dtype: str, generation: str, compiled: dict[Any, 
     turned = given["initial.state"].transpose(2, 3).contiguous().transpose(2, 3)
     kernel.forward(problem, kernel.configs(problem)[0], given | {"initial.state": turned}, out)
     assert {module for module, _ in compiled} == {"delta_step"} and len(compiled) == 2
+    check(compiled, dtype, generation)
+
+
+# What each kernel of a primitive is given, by axes: the least and the most that its composition may pass on.
+TOKEN = {"q": "NTGK", "k": "NTGK", "v": "NTHV", "beta": "NTH"}
+GIVEN: dict[str, tuple[dict[str, str], dict[str, str], tuple[dict[str, Any], ...]]] = {
+    "ham_step": (
+        TOKEN
+        | {"attn_q": "NTGK", "attn_k": "NTGK", "attn_v": "NTHV", "recurrence": "NHKV", "keys": "NMGK"}
+        | {"values": "NMHV", "count": "N", "window_keys": "NMGK", "window_values": "NMHV", "window_marks": "NM"},
+        {"log_decay": "NTH", "gate_rnn": "NTH", "gate_kv": "NTH", "score": "NT", "kept": "NT", "threshold": ""},
+        tuple(
+            {"router": router, "max_kept": 4, "window": 5, "decide": decide}
+            for router, decide in (("cosine", "all"), ("beta_l2", "head"), ("given", "all"))
+        ),
+    ),
+}
+HALF = ("q", "k", "v", "attn_q", "attn_k", "attn_v", "keys", "values", "window_keys", "window_values")
+MIXER_OF = {"ham_step": "ham"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GIVEN)
+def test_ptx_of_primitives(name: str, dtype: str, generation: str, compiled: dict[Any, str]) -> None:
+    """A token by the kernels that compositions call."""
+    from importlib import import_module
+
+    primitive, kernel = import_module(f"mixers.{name}").PRIMITIVE, home.backend.primitives()[name]
+    sizes = {"N": 2, "T": 1, "G": 2, "H": 4, "K": 64, "V": 64, "M": 4, "S": 3}
+    least, more, settings = GIVEN[name]
+
+    def array(argument: str, axes: dict[str, str]) -> Any:
+        if argument not in axes:
+            return None
+        counter, wide = argument in primitive.fixed, dtype if argument in HALF or dtype == "float64" else "float32"
+        kind = "int32" if counter else "bool" if argument == "kept" else wide
+        return torch.zeros([sizes[axis] for axis in axes[argument]], dtype=getattr(torch, kind))
+
+    for options in settings:
+        how = json.dumps(mixers.get_spec(MIXER_OF[name]).resolve(options))
+        for axes in (least, least | more) if options.get("router") != "given" else (least | more,):
+            x, fixed = ([array(n, axes) for n in names] for names in (primitive.takes, primitive.fixed))
+            kernel.forward(tuple(x), tuple(fixed), 1.0, how)
     check(compiled, dtype, generation)
