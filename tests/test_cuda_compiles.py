@@ -108,9 +108,18 @@ GIVEN: dict[str, tuple[dict[str, str], dict[str, str], tuple[dict[str, Any], ...
             for router, decide in (("cosine", "all"), ("beta_l2", "head"), ("given", "all"))
         ),
     ),
+    "memory_step": (
+        {"q": "NTGK", "k": "NTGK", "y": "NTHV", "online": "NHKV", "kept": "NSHKV", "pooled": "NSHK", "key_sum": "NHK"}
+        | {"tokens": "N", "segments": "N"},
+        {"memory_query": "NTHK"},
+        tuple(
+            {"aggregate": aggregate, "pool": "mean", "segment": 4, "appends": appends}
+            for aggregate, appends in (("gated", True), ("sparse", False), ("residual", False))
+        ),
+    ),
 }
-HALF = ("q", "k", "v", "attn_q", "attn_k", "attn_v", "keys", "values", "window_keys", "window_values")
-MIXER_OF = {"ham_step": "ham"}
+HALF = ("q", "k", "v", "attn_q", "attn_k", "attn_v", "keys", "values", "window_keys", "window_values", "y")
+MIXER_OF = {"ham_step": "ham", "memory_step": "memory_caching"}
 
 
 @pytest.mark.slow
@@ -133,8 +142,9 @@ def test_ptx_of_primitives(name: str, dtype: str, generation: str, compiled: dic
         return torch.zeros([sizes[axis] for axis in axes[argument]], dtype=getattr(torch, kind))
 
     for options in settings:
-        how = json.dumps(mixers.get_spec(MIXER_OF[name]).resolve(options))
-        for axes in (least, least | more) if options.get("router") != "given" else (least | more,):
+        how = json.dumps(mixers.get_spec(MIXER_OF[name]).resolve({}) | options)
+        read = options.get("router") == "given" or options.get("aggregate") in ("gated", "sparse")
+        for axes in (least | more,) if read else (least, least | more):
             x, fixed = ([array(n, axes) for n in names] for names in (primitive.takes, primitive.fixed))
             kernel.forward(tuple(x), tuple(fixed), 1.0, how)
     check(compiled, dtype, generation)

@@ -115,9 +115,13 @@ class Torch:
         """A call."""
         return mixer(**arguments)
 
+    def serves(self, primitive: Primitive, of: Any, x: tuple[Array, ...]) -> bool:
+        """Gradients are asked of what requires them."""
+        return torch_primitive.serves(primitive, of, x)
+
     def primitive(
         self, primitive: Primitive, of: Any, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
-    ) -> tuple[Array, ...] | None:
+    ) -> tuple[Array, ...]:
         """An operator of its own."""
         return torch_primitive.call(primitive, of, x, fixed, factor, how)
 

@@ -16,16 +16,19 @@ _operators: dict[str, Any] = {}
 
 
 @constant
-def _serves(*of: Any) -> bool:
+def _found(*of: Any) -> bool:
     return find(*of) is not None
+
+
+def serves(primitive: Primitive, of: tuple[Any, ...], x: tuple[Array, ...]) -> bool:
+    """See ``Library.serves``."""
+    return (bool(primitive.flows) or not _asks_for_gradients(x)) and _found(*of)
 
 
 def call(
     primitive: Primitive, of: tuple[Any, ...], x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
-) -> tuple[Array, ...] | None:
+) -> tuple[Array, ...]:
     """See ``Library.primitive``."""
-    if not _serves(*of) or (not primitive.flows and _asks_for_gradients(x)):
-        return None
     define(primitive)
     return _several(_operators[primitive.name](*x, *fixed, factor, how, of[1]))
 
