@@ -9,10 +9,10 @@
 ``mixers.ham.step`` is the definition.
 """
 
-import json
-from typing import Any
+from typing import Any, NamedTuple
 
-from mixers.ham import HAMState
+from mixers.ham import HAMState, logit_scale
+from mixers.linear import read_scale
 from mixers.primitive import Primitive, Shapes, alike, run
 from mixers.spec import Array, Options
 
@@ -23,6 +23,37 @@ TOKEN = (
 CACHES = ("keys", "values", "window_keys", "window_values")
 COUNTERS = ("count", "window_marks")
 STATE = ("recurrence", *CACHES, *COUNTERS)
+
+
+class Rules(NamedTuple):
+    """What the options say to a kernel, as ``how`` tells it in words.
+
+    Attributes:
+        router, decide, threshold: as in ``mixers.ham``.
+        ring: the cache has a cap, ``max_kept``.
+        always: a token sees itself, kept or not.
+        scale: of the recurrence's read.
+    """
+
+    router: str
+    decide: str
+    ring: bool
+    always: bool
+    threshold: float
+    scale: float
+
+    @classmethod
+    def of(cls, how: str) -> "Rules":
+        """From words."""
+        router, decide, ring, always, threshold, scale = how.split()
+        return cls(router, decide, bool(int(ring)), bool(int(always)), float(threshold), float(scale))
+
+
+def _how(options: Options, key_dim: int) -> str:
+    """``Rules`` in words; a tracer follows it."""
+    ring, always = int(options["max_kept"] is not None), int(bool(options["include_self"] or options["window"]))
+    words = options["router"], options["decide"], ring, always, options["threshold"], read_scale(options, key_dim)
+    return " ".join(str(word) for word in words)
 
 
 def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str) -> Shapes:
@@ -39,9 +70,8 @@ def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str
 PRIMITIVE = Primitive(
     "ham_step", (*TOKEN, "recurrence", *CACHES), COUNTERS, ("y", "kept", "score", *STATE), _shapes, ()
 )
-"""``how`` holds the options as JSON. What attends and the caches are of one dtype; what is left out of the token, None.
-
-Everything is written anew, nothing in place."""
+"""``factor`` scales the attention's logits, ``how`` holds ``Rules``. What attends and the caches are of one dtype; what
+is left out of the token is None. Everything is written anew, nothing in place."""
 
 
 def ham_step(
@@ -56,7 +86,8 @@ def ham_step(
     token = {**token, **dict(zip(("attn_q", "attn_k", "attn_v"), sides, strict=True))}
     caches = (library.cast(getattr(held, name), library.dtype(sides[0])) for name in CACHES)
     x = (*(token.get(name) for name in TOKEN), held.recurrence, *caches)
-    found = run(library, PRIMITIVE, backend, x, (held.count, held.window_marks), how=json.dumps(dict(options)))
+    scale, how = logit_scale(options, sides[0].shape[-1]), _how(options, token["q"].shape[-1])
+    found = run(library, PRIMITIVE, backend, x, (held.count, held.window_marks), scale, how)
     if found is None:
         return None
     state = held._replace(**dict(zip(STATE, found[3:], strict=True)))

@@ -10,16 +10,42 @@
 ``mixers.memory_caching.step`` is the definition.
 """
 
-import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixers.primitive import Primitive, Shapes, run, served
 from mixers.spec import Array, Options
 
 
+class Rules(NamedTuple):
+    """What the options say to a kernel, as ``how`` tells it in words.
+
+    Attributes:
+        aggregate, pool, segment, top_k: as in ``mixers.memory_caching``.
+        appends: a segment may end, so caches come back with one row more; else they come back empty, and stay.
+    """
+
+    aggregate: str
+    pool: str
+    segment: int
+    top_k: int
+    appends: bool
+
+    @classmethod
+    def of(cls, how: str) -> "Rules":
+        """From words."""
+        aggregate, pool, segment, top_k, appends = how.split()
+        return cls(aggregate, pool, int(segment), int(top_k), bool(int(appends)))
+
+
+def _how(options: Options, appends: bool) -> str:
+    """``Rules`` in words; a tracer follows it."""
+    words = (*(options[name] for name in ("aggregate", "pool", "segment", "top_k")), int(appends))
+    return " ".join(str(word) for word in words)
+
+
 def _shapes(x: tuple[Array, ...], fixed: tuple[Array, ...], dtype: str, how: str) -> Shapes:
     (_, _, y, _, _, kept, pooled, key_sum), (tokens, segments) = x, fixed
-    wide, appends = "float64" if dtype == "float64" else "float32", json.loads(how)["appends"]
+    wide, appends = "float64" if dtype == "float64" else "float32", Rules.of(how).appends
     caches = ((a.shape[0], a.shape[1] + 1 if appends else 0, *a.shape[2:]) for a in (kept, pooled))
     return (
         *((tuple(y.shape), dtype), *((shape, wide) for shape in caches), (tuple(key_sum.shape), wide)),
@@ -35,8 +61,7 @@ PRIMITIVE = Primitive(
     _shapes,
     (),
 )
-"""``factor`` is the scale, ``how`` the options as JSON; with "appends" caches come back with one more row, else with
-none, as they were."""
+"""``factor`` is the scale, ``how`` holds ``Rules``."""
 
 
 def serves(library: Any, backend: str, *arrays: Array) -> bool:
@@ -49,8 +74,6 @@ def memory_step(
     scale: float,
 ) -> tuple[Array, ...]:  # fmt: skip
     """The results, of arrays that are served."""
-    names = "aggregate", "pool", "segment", "top_k"
-    how = json.dumps({"appends": appends} | {name: options[name] for name in names})
-    found = run(library, PRIMITIVE, backend, x, fixed, scale, how)
+    found = run(library, PRIMITIVE, backend, x, fixed, scale, _how(options, appends))
     assert found is not None
     return found

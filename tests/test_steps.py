@@ -51,9 +51,13 @@ CACHES: dict[str, tuple[Named, tuple[str, ...], Named]] = {
     "residual": ({"segment": 2, "aggregate": "residual", "base": "delta_rule"}, (), {}),
     "soup": ({"segment": 1, "aggregate": "soup", "base": "gla"}, (), {"G": 4}),
 }
+MLPS: dict[str, tuple[Named, tuple[str, ...], Named]] = {
+    "plain": ({"chunk_size": 3}, (), {"G": 4}),
+    "grouped": ({"chunk_size": 3}, ("norm_weight", "norm_bias", "token_scale"), {}),
+}
 CASES = [
     pytest.param(mixer, *case, id=f"{mixer} {name}")
-    for mixer, cases in (("ham", HAMS), ("memory_caching", CACHES))
+    for mixer, cases in (("ham", HAMS), ("memory_caching", CACHES), ("ttt_mlp", MLPS))
     for name, case in cases.items()
 ]
 
@@ -157,6 +161,7 @@ def test_wide_heads(name: str, options: Named, more: tuple[str, ...], sizes: Nam
 LAUNCHES = [
     ("ham", {"max_kept": 4, "window": 2}, ["delta_step", "ham_attention"], set()),
     ("memory_caching", {"segment": 4}, ["delta_step", "memory_read"], {"stack", "_to_copy"}),
+    ("ttt_mlp", {"chunk_size": 4}, ["ttt_mlp_token"], set()),
 ]
 
 
@@ -186,7 +191,9 @@ def test_a_step_takes_a_handful_of_launches(
 VIEWS = {"unsqueeze", "select", "view", "slice", "detach", "alias", "expand", "unbind", "_reshape_alias"}
 
 
-@pytest.mark.parametrize(("name", "options"), [("ham", {"max_kept": 4}), ("memory_caching", {"segment": 1})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("ham", {"max_kept": 4}), ("memory_caching", {"segment": 1}), ("ttt_mlp", {"chunk_size": 3})]
+)
 def test_gradients_take_the_other_way(name: str, options: Named, monkeypatch: pytest.MonkeyPatch) -> None:
     mix, truth = (mixers.get(name, backend=backend, **options) for backend in ("cuda", "reference"))
     x = inputs(mix, (), SMALL, "float32")
@@ -195,7 +202,7 @@ def test_gradients_take_the_other_way(name: str, options: Named, monkeypatch: py
         leaves = {n: a.clone().requires_grad_() for n, a in token(mix, x, 0).items()}
         with launches(monkeypatch) as found:
             y, state = m.step(**leaves)
-        assert not {"ham_attention", "memory_read"} & set(found)
+        assert not {"ham_attention", "memory_read", "ttt_mlp_token"} & set(found)
         loss = y.square().sum() + sum(a.square().sum() for a in flat(m, state) if a.is_floating_point())
         slopes.append(torch.autograd.grad(loss, list(leaves.values())))
     for a, b in zip(*slopes, strict=True):
@@ -203,6 +210,11 @@ def test_gradients_take_the_other_way(name: str, options: Named, monkeypatch: py
 
 
 # On a GPU.
+
+
+def sizes_of(mix: mixers.Mixer) -> Named:
+    """Wide ones, and the length of a mini-batch."""
+    return WIDE | {"C": mix.options.get("chunk_size", 1)}
 
 
 @contextmanager
@@ -216,14 +228,18 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-FIXED = [("ham", {"max_kept": 8, "window": 4, "threshold": 0.9}), ("ham", {"max_kept": 8, "decide": "head"})]
+FIXED = [
+    ("ham", {"max_kept": 8, "window": 4, "threshold": 0.9}),
+    ("ham", {"max_kept": 8, "decide": "head"}),
+    ("ttt_mlp", {"chunk_size": 16}),
+]
 
 
 @on_gpu
 @pytest.mark.parametrize(("name", "options"), FIXED)
 def test_a_stream_of_fixed_size_waits_for_nobody(name: str, options: Named) -> None:
     mix = mixers.get(name, backend="cuda", **options)
-    x = inputs(mix, ("log_decay",), WIDE, "bfloat16")
+    x = inputs(mix, ("log_decay",), sizes_of(mix), "bfloat16")
     state = mix.step(**token(mix, x, 0)).state
     with no_waiting():
         for t in range(1, WIDE["T"]):
@@ -256,7 +272,7 @@ def test_a_graph_holds_a_stream(name: str, options: Named, dtype: str) -> None:
     Memories have rows to spare, since a captured step of memory caching returns one more than it was given.
     """
     mix = mixers.get(name, backend="cuda", **options)
-    x = inputs(mix, ("log_decay",), WIDE, dtype)
+    x = inputs(mix, ("log_decay",), sizes_of(mix), dtype)
     now = {n: a.clone() for n, a in token(mix, x, 0).items()}
     first = mix.step(**now).state
     pack = mix.spec.state(mix.options).pack

@@ -19,7 +19,7 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 WARP = 4 if SIMULATED else 32
 
 _FAMILIES = ("delta", "lattice", "ttt")
-_PRIMITIVES = ("ham_step", "memory_step")
+_PRIMITIVES = ("ham_step", "memory_step", "ttt_mlp_step")
 
 
 class CudaBackend:

@@ -5,13 +5,9 @@ ham_attention    the decision, the caches that follow, the attention, and the su
 """
 
 import functools
-import json
-from typing import Any
 
 from mixers.backend import Config
-from mixers.ham import logit_scale
-from mixers.ham_step import CACHES, COUNTERS, TOKEN
-from mixers.linear import read_scale
+from mixers.ham_step import CACHES, COUNTERS, TOKEN, Rules
 from mixers.spec import Array, Sizes
 
 from . import SIMULATED, WARP
@@ -32,20 +28,20 @@ class HAMStep(TokenKernel):
 
     def forward(self, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str) -> tuple[Array, ...]:
         """Every result, in two launches."""
-        options = _options(how)
+        rules = Rules.of(how)
         given = dict(zip((*TOKEN, "recurrence", *CACHES, *COUNTERS), (*x, *fixed), strict=True))
         q, v, old = given["q"], given["v"], given["recurrence"]
         (rows, _, groups, width), (heads, values) = q.shape, v.shape[2:]
         real = "float64" if kind(q) == "float64" else "float32"
         online, recurrence = empty((rows, heads, values), real, q), empty(tuple(old.shape), real, q)
         sizes = Sizes(B=rows, T=1, G=groups, H=heads, K=width, V=values, N=rows)
-        router = "" if options["router"] == "given" else options["router"]
+        router = "" if rules.router == "given" else rules.router
         config = _config(width, values, kind(q), 1 << (rows * heads - 1).bit_length())
         parts = step_blocks(config, values) * config["warps"]
         measured = empty((rows, heads, parts, SUMS_OF[router]), real, q) if router else None
         queue_step(
             config, sizes, given | {"initial.state": old}, old, recurrence, online,
-            scale=read_scale(options, width), router=router, measured=measured,
+            scale=rules.scale, router=router, measured=measured,
         )  # fmt: skip
 
         count = given["count"]
@@ -64,18 +60,11 @@ class HAMStep(TokenKernel):
             given["values"].shape[2], cache.shape[1], given["window_keys"].shape[1], parts,
         )  # fmt: skip
         chosen = _constants(
-            how, asks.shape[3], values, real, kind(asks), kind(y),
+            rules[:4], asks.shape[3], values, real, kind(asks), kind(y),
             *(kind(given[name]) for name in ("beta", "score", "kept", "threshold", "gate_rnn", "gate_kv")),
         )  # fmt: skip
-        reals = logit_scale(options, asks.shape[3]), float(options["threshold"])
-        ATTENTION(q, chosen, (rows, heads), WARPS * WARP, numbers, reals)
+        ATTENTION(q, chosen, (rows, heads), WARPS * WARP, numbers, (factor, rules.threshold))
         return y, kept, told, recurrence, *caches, *counters
-
-
-@functools.lru_cache(maxsize=256)
-def _options(how: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(how)
-    return found
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,17 +74,16 @@ def _config(width: int, values: int, dtype: str, parallel: int) -> Config:
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    how: str, width: int, values: int, real: str, kind: str, out: str, beta: str, score: str, forced: str,
-    threshold: str, gate_rnn: str, gate_kv: str,
+    rules: tuple[str, str, bool, bool], width: int, values: int, real: str, kind: str, out: str, beta: str, score: str,
+    forced: str, threshold: str, gate_rnn: str, gate_kv: str,
 ) -> Constants:  # fmt: skip
-    """The constants of the attention, from the options and the dtypes of its arrays."""
-    options = _options(how)
+    """The constants of the attention, from the first of the rules and the dtypes of its arrays."""
+    router, decide, ring, always = rules
     return constants(
         {
             "keys": -(-width // WARP), "values": -(-values // WARP), "together": TOGETHER, "warps": WARPS,
-            "alone": options["decide"] == "head", "ring": options["max_kept"] is not None,
-            "always": bool(options["include_self"] or options["window"]), "router": options["router"], "real": real,
-            "kind": kind, "online": real, "out": out, "beta": beta, "score": score or real, "forced": forced or "bool",
+            "alone": decide == "head", "ring": ring, "always": always, "router": router, "real": real, "kind": kind,
+            "online": real, "out": out, "beta": beta, "score": score or real, "forced": forced or "bool",
             "threshold": threshold or real, "gate_rnn": gate_rnn or real, "gate_kv": gate_kv or real,
         }
     )  # fmt: skip

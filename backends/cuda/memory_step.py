@@ -1,8 +1,8 @@
 """Memory caching, a single token of every sequence behind its base's, in one launch; see ``mixers.memory_step``."""
 
 import functools
-import json
 
+from mixers.memory_step import Rules
 from mixers.spec import Array
 
 from . import SIMULATED, WARP
@@ -24,8 +24,8 @@ class MemoryStep(TokenKernel):
         """Every result."""
         (q, k, y, query, online, kept, pooled, key_sum), (tokens, segments) = x, fixed
         (rows, _, heads, values), width, room = y.shape, q.shape[3], kept.shape[1]
-        options, real = json.loads(how), kind(key_sum)
-        more = room + 1 if options["appends"] else 0
+        rules, real = Rules.of(how), kind(key_sum)
+        more = room + 1 if rules.appends else 0
         out = empty(tuple(y.shape), kind(y), q)
         new_kept, new_pooled = (empty((rows, more, *a.shape[2:]), real, q) for a in (kept, pooled))
         new_sum, *counters = (empty(tuple(a.shape), kind(a), q) for a in (key_sum, tokens, segments))
@@ -37,12 +37,12 @@ class MemoryStep(TokenKernel):
             )
         columns = _columns(rows * heads, values)
         blocks = rows, heads * -(-values // (columns * WARP))
-        chosen = _constants(how, -(-width // WARP), columns, real, kind(q), kind(query) or real)
+        chosen = _constants(rules, -(-width // WARP), columns, real, kind(q), kind(query) or real)
         numbers = (
             *token(q, 4), *token(k, 4), *token(y, 4), *token(query, 4), *place(online, 4), *place(kept, 5),
             *place(pooled, 4), *place(key_sum, 3), *place(tokens, 1), *place(segments, 1),
             *(n for a in (out, new_kept, new_pooled, new_sum, *counters) for n in place(a, 0)),
-            width, values, heads, heads // q.shape[2], room, options["segment"],
+            width, values, heads, heads // q.shape[2], room, rules.segment,
         )  # fmt: skip
         READ(q, chosen, blocks, WARPS * WARP, numbers, (factor,), shared)
         return out, new_kept, new_pooled, new_sum, *counters
@@ -66,14 +66,12 @@ def _shared(room: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _constants(how: str, keys: int, columns: int, real: str, kind: str, query: str) -> Constants:
-    options = json.loads(how)
-    aggregate = options["aggregate"]
+def _constants(rules: Rules, keys: int, columns: int, real: str, kind: str, query: str) -> Constants:
     return constants(
         {
             "keys": keys, "columns": columns, "together": TOGETHER, "warps": WARPS,
-            "residual": aggregate == "residual", "top": options["top_k"] if aggregate == "sparse" else 0,
-            "mean": options["pool"] == "mean", "appends": options["appends"], "real": real, "kind": kind,
+            "residual": rules.aggregate == "residual", "top": rules.top_k if rules.aggregate == "sparse" else 0,
+            "mean": rules.pool == "mean", "appends": rules.appends, "real": real, "kind": kind,
             "query": query,
         }
     )  # fmt: skip
