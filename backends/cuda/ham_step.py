@@ -19,8 +19,10 @@ from .program import Constants, Program, constants
 
 ATTENTION = Program("ham_attention")
 
-# Warps of a block, and rows that each has under way.
-WARPS, TOGETHER = (2, 2) if SIMULATED else (8, 4)
+WARPS = 2 if SIMULATED else 8
+
+# Numbers of keys and values that a thread has under way.
+LOADED = 8 if SIMULATED else 32
 
 
 class HAMStep(TokenKernel):
@@ -79,9 +81,10 @@ def _constants(
 ) -> Constants:  # fmt: skip
     """The constants of the attention, from the first of the rules and the dtypes of its arrays."""
     router, decide, ring, always = rules
+    keys, shown = -(-width // WARP), -(-values // WARP)
     return constants(
         {
-            "keys": -(-width // WARP), "values": -(-values // WARP), "together": TOGETHER, "warps": WARPS,
+            "keys": keys, "values": shown, "together": max(1, min(8, LOADED // (keys + shown))), "warps": WARPS,
             "alone": decide == "head", "ring": ring, "always": always, "router": router, "real": real, "kind": kind,
             "online": real, "out": out, "beta": beta, "score": score or real, "forced": forced or "bool",
             "threshold": threshold or real, "gate_rnn": gate_rnn or real, "gate_kv": gate_kv or real,

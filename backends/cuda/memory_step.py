@@ -13,8 +13,10 @@ from .program import Constants, Program, constants
 
 READ = Program("memory_read")
 
-# Warps of a block, and rows of a state that each has under way.
-WARPS, TOGETHER = (2, 2) if SIMULATED else (8, 4)
+WARPS = 2 if SIMULATED else 8
+
+# Numbers of a state that a thread has under way.
+LOADED = 2 if SIMULATED else 16
 
 
 class MemoryStep(TokenKernel):
@@ -69,7 +71,7 @@ def _shared(room: int) -> int:
 def _constants(rules: Rules, keys: int, columns: int, real: str, kind: str, query: str) -> Constants:
     return constants(
         {
-            "keys": keys, "columns": columns, "together": TOGETHER, "warps": WARPS,
+            "keys": keys, "columns": columns, "together": min(LOADED // columns, keys * WARP // WARPS), "warps": WARPS,
             "residual": rules.aggregate == "residual", "top": rules.top_k if rules.aggregate == "sparse" else 0,
             "mean": rules.pool == "mean", "appends": rules.appends, "real": real, "kind": kind,
             "query": query,

@@ -1,19 +1,22 @@
 """TTT-MLP, a single token of every sequence in one launch; see ``mixers.ttt_mlp_step``."""
 
 import functools
+import math
 
 from mixers.spec import Array
 from mixers.ttt_mlp_step import STATE, TOKEN
 
 from . import SIMULATED, WARP
-from .arrays import empty, kind, place, token
+from .arrays import SIZES, empty, kind, place, token
 from .primitive import TokenKernel
 from .program import Constants, Program, constants
 
 STEP = Program("ttt_mlp_token")
 
-# Warps of a block, and rows of a matrix that each has under way.
-WARPS, TOGETHER = (2, 2) if SIMULATED else (8, 4)
+WARPS = 2 if SIMULATED else 8
+
+# Registers of 32 bits of a thread for the numbers of a matrix that are under way.
+LOADED = 4 if SIMULATED else 16
 
 
 class TTTMLPStep(TokenKernel):
@@ -37,14 +40,16 @@ class TTTMLPStep(TokenKernel):
             *(n for a in (y, *state, left) for n in place(a, 0)),
             width, given["weight1"].shape[3], heads, heads // q.shape[2], int(how),
         )  # fmt: skip
-        chosen = _constants(-(-width // WARP), real, kind(q), kind(given["beta"]))
+        chosen = _constants(width, real, kind(q), kind(given["beta"]))
         STEP(q, chosen, (rows, heads), WARPS * WARP, numbers)
         return y, *state, left
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(keys: int, real: str, kind: str, beta: str) -> Constants:
-    shape = {"keys": keys, "together": TOGETHER, "warps": WARPS}
+def _constants(width: int, real: str, kind: str, beta: str) -> Constants:
+    keys = -(-width // WARP)
+    together = math.gcd(4 * width, LOADED * 4 // (keys * SIZES[real]))
+    shape = {"keys": keys, "together": together, "warps": WARPS}
     return constants(shape | {"real": real, "kind": kind, "beta": beta})
 
 

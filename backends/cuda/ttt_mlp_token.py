@@ -28,7 +28,8 @@ ROOT, CUBE = math.sqrt(2.0 / math.pi), 0.044715
 def build(*, keys, together, warps, real, kind, beta):
     """The kernel.
 
-    ``keys``: numbers of a row that a lane has. ``kind`` and ``beta``: dtypes of arrays; the others are ``real``.
+    ``keys``: numbers of a row that a lane has; ``together`` divides F. ``kind`` and ``beta``: dtypes of arrays; the
+    others are ``real``.
     """
     A, R, W = keys, together, warps
     THREADS, KEYS, INNER, PARTS, STEP, CELLS = W * WARP, A * WARP, 4 * A * WARP, W * A * WARP, W * R, R * A
@@ -102,7 +103,8 @@ def build(*, keys, together, warps, real, kind, beta):
         cuda.syncthreads()
 
         # The second layer, forward.
-        acc, some = cuda.local.array(A, number), cuda.local.array(CELLS, number)
+        acc = cuda.local.array(A, number)
+        some, more = cuda.local.array(CELLS, number), cuda.local.array(CELLS, number)
         for c in each(A):
             acc[c] = zero
         for first in range(warp * R, F, STEP):
@@ -181,15 +183,22 @@ def build(*, keys, together, warps, real, kind, beta):
         met = across(met)
         for c in each(A):
             acc[c] = zero
-        for f in range(warp, F, W):
-            for c in each(A):
-                d = lane + c * WARP
-                if d < K:
-                    weight, total = get(w2, at_w2 + f * w2_f + d * w2_k), get(p2, at_p2 + f * p2_f + d * p2_k)
+        for first in range(warp * R, F, STEP):
+            for j in each(R):
+                for c in each(A):
+                    d = min(lane + c * WARP, K - 1)
+                    some[j * A + c] = get(w2, at_w2 + (first + j) * w2_f + d * w2_k)
+                    more[j * A + c] = get(p2, at_p2 + (first + j) * p2_f + d * p2_k)
+            for j in each(R):
+                f = first + j
+                for c in each(A):
+                    d = lane + c * WARP
+                    weight, total = some[j * A + c], more[j * A + c]
                     acc[c] += bent[f] * (weight - rate * total)
                     total += inner[f] * missed[c]
-                    put(new_w2, (own * F + f) * K + d, weight - moves * total)
-                    put(new_p2, (own * F + f) * K + d, stays * total)
+                    if d < K:
+                        put(new_w2, (own * F + f) * K + d, weight - moves * total)
+                        put(new_p2, (own * F + f) * K + d, stays * total)
         for c in each(A):
             parts[warp * KEYS + c * WARP + lane] = acc[c]
         cuda.syncthreads()
@@ -229,11 +238,16 @@ def build(*, keys, together, warps, real, kind, beta):
             total += error1[f]
             put(new_c1, own * F + f, bias - moves * total)
             put(new_s1, own * F + f, stays * total)
-            for i in range(K):
-                weight, total = get(w1, at_w1 + i * w1_k + f * w1_f), get(p1, at_p1 + i * p1_k + f * p1_f)
-                total += given[i] * error1[f]
-                put(new_w1, (own * K + i) * F + f, weight - moves * total)
-                put(new_p1, (own * K + i) * F + f, stays * total)
+            for first in range(0, K, R):
+                for j in each(R):
+                    i = min(first + j, K - 1)
+                    some[j], more[j] = get(w1, at_w1 + i * w1_k + f * w1_f), get(p1, at_p1 + i * p1_k + f * p1_f)
+                for j in each(R):
+                    i = first + j
+                    total = more[j] + given[i] * error1[f]
+                    if i < K:
+                        put(new_w1, (own * K + i) * F + f, some[j] - moves * total)
+                        put(new_p1, (own * K + i) * F + f, stays * total)
         if head == 0 and thread == 0:
             write_count(new_phase, n, 0 if done else before + 1)
 
