@@ -95,8 +95,6 @@ class _Run:
         *_, tokens, segments = state
         counts = library.host(self.xp.stack([tokens, segments]))
         ends = None if counts is None else counts[0] + 1 == options["segment"]
-        if ends is None and options["init"] == "independent":
-            return None  # where a segment ends is traced, and what the base starts from is on the host
         rows = _Rows(self, inputs, constants, state)
         most = None if counts is None else int((counts[1] + ends).max(initial=0))
         return rows.token(ends is None or bool(ends.any()), most)

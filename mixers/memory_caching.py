@@ -290,13 +290,13 @@ def _put(xp: Any, here: Array, old: Array, new: Array) -> Array:
 def restarted(
     xp: Any, options: Options, ends: Array, state: tuple[Array, ...], keys: tuple[int, ...], values: tuple[int, ...]
 ) -> tuple[Array, ...]:
-    """The base's first state where a segment ends."""
+    """The base's first state where a segment ends; a graph may hold zeros, which are not copied from the host."""
     base, base_options = base_of(options["base"])
     rows, heads, width = keys
     sizes = Sizes(B=rows, T=1, G=heads, H=values[1], K=width, V=values[2], N=rows, C=base.chunk(base_options))
     fresh = base.first(sizes, base_options)
     return tuple(
-        xp.where(xp.reshape(ends, (-1, *(1,) * (a.ndim - 1))), like(xp, f, a), a)
+        xp.where(xp.reshape(ends, (-1, *(1,) * (a.ndim - 1))), like(xp, f, a) if f.any() else xp.zeros_like(a), a)
         for f, a in zip(fresh, state, strict=True)
     )
 

@@ -209,6 +209,30 @@ def test_gradients_take_the_other_way(name: str, options: Named, monkeypatch: py
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "options", "more", "sizes"), CASES[len(HAMS) : len(HAMS) + 2])
+def test_where_the_host_knows_nothing_memories_have_room(
+    name: str, options: Named, more: tuple[str, ...], sizes: Named, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a graph that is captured: a row more, filled or not, which the next step may be given or spared."""
+    from mixers.arrays.torch import Torch
+
+    mix, truth = (mixers.get(name, backend=backend, **options) for backend in ("cuda", "reference"))
+    x, state, held = inputs(mix, more, SMALL | sizes, "float32"), None, None
+    for t in range(TOKENS):
+        wanted = truth.step(**exact(token(mix, x, t)), state=held)
+        held = wanted.state
+        with monkeypatch.context() as patch:
+            for method in ("host", "largest"):
+                patch.setattr(Torch, method, lambda self, counts: None)
+            got = mix.step(**token(mix, x, t), state=state)
+        state = got.state
+        close(got.y, wanted.y, mix.spec.tolerance["float32"])
+        assert state.kept.shape[1] == t + 1 and torch.equal(state.segments, held.segments)
+        filled = held.kept.shape[1]
+        close(state.kept[:, :filled], held.kept, mix.spec.tolerance["float32"])
+        close(state.pooled[:, :filled], held.pooled, mix.spec.tolerance["float32"])
+
+
 # On a GPU.
 
 
@@ -250,7 +274,7 @@ GRAPHS = [
     *FIXED,
     ("memory_caching", {"segment": 4}),
     ("memory_caching", {"segment": 4, "aggregate": "sparse", "top_k": 2}),
-    ("memory_caching", {"segment": 4, "aggregate": "residual"}),
+    ("memory_caching", {"segment": 4, "aggregate": "residual", "init": "independent"}),
 ]
 ROOM = 6
 
@@ -297,6 +321,31 @@ def test_a_graph_holds_a_stream(name: str, options: Named, dtype: str) -> None:
         torch.testing.assert_close(y, wanted.y)
         for a, b in zip(held, flat(mix, state), strict=True):
             torch.testing.assert_close(a if a.shape == b.shape else a[:, : b.shape[1]], b)
+
+
+@on_gpu
+@pytest.mark.parametrize(("name", "options"), FIXED)
+def test_a_graph_holds_a_pool(name: str, options: Named) -> None:
+    """A token of three sequences, one of which is padding, with their states in a pool."""
+    mix = mixers.get(name, backend="cuda", **options)
+    x = inputs(mix, (), sizes_of(mix), "bfloat16")
+    slots = torch.tensor([3, -1, 0], dtype=torch.int32, device=DEVICE)
+    pool = mix.init_state(5, WIDE["H"], WIDE["K"], WIDE["V"], key_heads=WIDE["G"], like=x["q"])
+    beside = tuple(a.clone() for a in flat(mix, pool))
+    now = {n: a[:, :1].clone() for n, a in x.items()}
+
+    graph, y = captured(lambda: mix.decode(**now, pool=flat(mix, pool), slots=slots))
+    for a, b in zip(flat(mix, pool), beside, strict=True):
+        a.copy_(b)
+    for t in range(1, 20):
+        for n, a in x.items():
+            now[n].copy_(a[:, t : t + 1])
+        graph.replay()
+        with no_waiting():
+            wanted = mix.decode(**now, pool=beside, slots=slots)
+        torch.testing.assert_close(y, wanted, rtol=0, atol=0)
+        for a, b in zip(flat(mix, pool), beside, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
