@@ -88,9 +88,9 @@ class _Run:
     def _token(self, inputs: dict[str, Array], constants: dict[str, Array], state: State) -> Any:
         """A single token by a kernel of its own behind the base's; None where there is none."""
         library, options, backend = self.library, self.options, self.part.backend
-        if not self.memory.linear or not memory_step.serves(
-            library, backend, *(inputs[name] for name in ("q", "k", "v")), *inputs.values(), *state
-        ):
+        first = (inputs[name] for name in ("q", "k", "v"))
+        others = *inputs.values(), *constants.values(), *state
+        if not self.memory.linear or not memory_step.serves(library, backend, *first, *others):
             return None
         *_, tokens, segments = state
         counts = library.host(self.xp.stack([tokens, segments]))
