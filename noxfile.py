@@ -32,7 +32,10 @@ SIMULATED = (
     *(*LAWS, "tests/test_triton.py", "tests/test_primitives.py", "tests/test_readme.py", SHIPPED),
     *("--most", "16000"),
 )
-SIMULATED_CUDA = (*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", SHIPPED, "--most", "16000")
+SIMULATED_CUDA = (
+    *(*LAWS, "tests/test_cuda.py", "tests/test_cuda_arrays.py", "tests/test_steps.py", SHIPPED),
+    *("--most", "16000"),
+)
 WITHOUT_TORCH = tuple(
     f"--ignore=tests/{file}.py"
     for file in (

@@ -5,19 +5,20 @@
     read      of a segment's tokens X = [γ_1 ∘ q', γ_2 ∘ q', …] and the memories C = [C_1; C_2; …] below each other: X C
 
 Where the read is not linear, memories are read one after another. What mixes them before a read that is not linear
-(``soup`` over TTT) runs token by token, as the reference does, and so does a state that is traced.
+(``soup`` over TTT) runs token by token, as the reference does, and so does a state that is traced. A single token has a
+kernel of its own behind the base's (``mixers.memory_step``) where a backend has that.
 """
 
 from typing import Any
 
 import numpy as np
 
-from mixers import reference
+from mixers import memory_step, reference
 from mixers.algebra import joined, like
 from mixers.call import Call
 from mixers.chosen_reads import chosen_reads, spread_out
 from mixers.ham import spread
-from mixers.memory_caching import boundaries
+from mixers.memory_caching import boundaries, restarted
 from mixers.mixer import Mixer
 from mixers.problem import Arrays
 from mixers.segment_weights import Cuts, pools, segment_weights
@@ -30,16 +31,20 @@ State = tuple[Array, ...]
 def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
     """See the module; named as in ``mixers.problem``."""
     (inner,) = mixer.parts
+    alone = call.sizes.T == 1 and call.x.get("offsets") is None and call.options["segment"] != "log"
     fresh = not any(call.x.get(f"initial.{f.name}") is not None for f in call.spec.state(call.options).fields)
-    run = _Run(library, call, mixer.options, inner, fresh)
-    return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, run)
+    run = _Run(library, call, mixer.options, inner, fresh, alone)
+    return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, run, reserves=not alone)
 
 
 class _Run:
-    """One call: the base as a mixer, and what the wrapper's options say; ``fresh`` from the first token on."""
+    """One call: the base as a mixer, and what the wrapper's options say.
 
-    def __init__(self, library: Any, call: Call, options: Options, part: Mixer, fresh: bool) -> None:
-        self.fresh = fresh
+    ``fresh`` from the first token on; ``alone`` of a single token, whose state is not yet given the room it may need.
+    """
+
+    def __init__(self, library: Any, call: Call, options: Options, part: Mixer, fresh: bool, alone: bool) -> None:
+        self.fresh, self.alone = fresh, alone
         self.library, self.xp, self.options, self.part = library, library.namespace, options, part
         self.call, self.base = call, part.spec
         assert self.base.memory is not None
@@ -49,6 +54,12 @@ class _Run:
 
     def __call__(self, inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int) -> Any:
         """Sequences of one length; ``passed`` tokens of this call went before."""
+        if self.alone:
+            found = self._token(inputs, constants, state)
+            if found is not None:
+                return found
+            assert self.call.spec.reserve is not None
+            state = self.call.spec.reserve(self.xp, state, 1)
         tokens, segments = self._before(state, passed if self.fresh else None)
         soup = self.options["aggregate"] == "soup" and not self.memory.linear
         if tokens is None or segments is None or soup:
@@ -73,6 +84,20 @@ class _Run:
             done = [at for at in ends if at <= passed]
             return (passed - (done[-1] if done else 0),), (len(done),)
         return (passed % self.options["segment"],), (passed // self.options["segment"],)
+
+    def _token(self, inputs: dict[str, Array], constants: dict[str, Array], state: State) -> Any:
+        """A single token by a kernel of its own behind the base's; None where there is none."""
+        library, options, backend = self.library, self.options, self.part.backend
+        first = (inputs[name] for name in ("q", "k", "v"))
+        others = *inputs.values(), *constants.values(), *state
+        if not self.memory.linear or not memory_step.serves(library, backend, *first, *others):
+            return None
+        *_, tokens, segments = state
+        counts = library.host(self.xp.stack([tokens, segments]))
+        ends = None if counts is None else counts[0] + 1 == options["segment"]
+        rows = _Rows(self, inputs, constants, state)
+        most = None if counts is None else int((counts[1] + ends).max(initial=0))
+        return rows.token(ends is None or bool(ends.any()), most)
 
     def _length(self) -> int:
         """Tokens of the whole call, which is one sequence a row wherever ``segment="log"`` runs by pieces."""
@@ -141,6 +166,26 @@ class _Rows:
         )
         count = xp.zeros_like(self.count) + (self.tokens - ends[-1] if ends else before + self.tokens)
         return self.library.cast(y, self.dtype), (*state, *caches, key_sum, count, self.segments + len(ends))
+
+    def token(self, appends: bool, most: int | None) -> tuple[Array, State]:
+        """A single one: output and state, whose caches have a row more where a segment may end, ``most`` if known."""
+        y, state, _ = self._call(0, 1, self.state)
+        q, scale = self._query()
+        online = self.memory.of(self.xp, self.part.options, self.constants, state)
+        asked = None if self.options["aggregate"] == "residual" else self.asked
+        x = (q, self.inputs["k"], y, asked, *online, *self.kept, self.pooled, self.key_sum)
+        y, kept, pooled, key_sum, tokens, segments = memory_step.memory_step(
+            self.library, self.part.backend, self.options, appends, x, (self.count, self.segments), scale
+        )
+        if not appends:
+            kept, pooled = *self.kept, self.pooled
+        elif most is not None:
+            room = max(most, self.pooled.shape[1])
+            kept, pooled = kept[:, :room], pooled[:, :room]
+        if appends and self.options["init"] == "independent":
+            keys = (q.shape[0], self.heads, q.shape[3])
+            state = restarted(self.xp, self.options, tokens == 0, state, keys, self.inputs["v"][:, 0].shape)
+        return y, (*state, kept, pooled, key_sum, tokens, segments)
 
     def _ends(self, before: int) -> list[int]:
         if self.options["segment"] != "log":

@@ -241,16 +241,18 @@ def _adopt(spec: MixerSpec, options: Options, library: Library, given: Any, size
         names = ", ".join(f.name for f in fields)
         raise ValueError(f"{spec.name}: the state has {len(state)} arrays, expected {len(fields)} ({names})")
     for f, array in zip(fields, state, strict=True):
-        for axis in set(f.axes.split()) & {"M", "S"}:
-            sizes = _with_cache(sizes, f, array, axis)
+        sizes = with_cache(sizes, f, array)
         x[f"initial.{f.name}"] = _check_state(spec, library, f, array, sizes, x["q"])
     return sizes
 
 
-def _with_cache(sizes: Sizes, field: Field, array: Array, axis: str) -> Sizes:
-    """The sizes with the length of a given cache."""
-    at = field.axes.split().index(axis) - len(field.axes.split())
-    return dataclasses.replace(sizes, **{axis: array.shape[at]}) if len(array.shape) >= -at else sizes
+def with_cache(sizes: Sizes, field: Field, array: Array) -> Sizes:
+    """The sizes with the length of a cache, where the array of a state is one."""
+    axes = field.axes.split()
+    for axis in set(axes) & {"M", "S"}:
+        at = axes.index(axis) - len(axes)
+        sizes = dataclasses.replace(sizes, **{axis: array.shape[at]}) if len(array.shape) >= -at else sizes
+    return sizes
 
 
 def check_kept(spec: MixerSpec, library: Library, what: str, field: Field, array: Array, q: Array) -> None:

@@ -14,7 +14,7 @@ from mixers.algebra import device_of
 from mixers.arrays import library_of
 from mixers.arrays.numpy import first_state
 from mixers.backend import Pool
-from mixers.call import Call, check_kept
+from mixers.call import Call, check_kept, with_cache
 from mixers.spec import Array
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _check_pool(call: Call, pools: tuple[Array, ...]) -> None:
     sizes = dataclasses.replace(call.sizes, N=room)
     for field, pool in zip(spec.state(call.options).fields, pools, strict=True):
         check_kept(spec, call.library, "pool", field, pool, call.x["q"])
+        sizes = with_cache(sizes, field, pool)
         shape, expected = tuple(pool.shape), sizes.shape(field.axes)
         if shape != expected:
             axes = field.axes.replace("N", "slots").replace(" ", ",")

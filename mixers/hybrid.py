@@ -5,6 +5,7 @@ predictions  p_t = S_{t-1}ᵀ k_t: the same recurrence read by the next token's 
 decisions    m_t, float32
 gather       kept keys and values of cache and tokens, in order; query t sees the first n_t = count + Σ_{i≤t} m_i
 window       shifts by 0 … window − 1 tokens of what the gathered rows do not hold, merged by their lse
+token        alone: all of this at once, where a backend has a kernel of that (``mixers.ham_step``)
 """
 
 import math
@@ -14,6 +15,8 @@ from mixers import ham, reference
 from mixers.algebra import device_of, inverse, read, stop, take_along
 from mixers.call import Call
 from mixers.ham import HAMState, sides, spread
+from mixers.ham_step import PRIMITIVE as STEP
+from mixers.ham_step import ham_step
 from mixers.kept_rows import PRIMITIVE as KEPT
 from mixers.kept_rows import kept_rows
 from mixers.mixer import Mixer
@@ -40,7 +43,7 @@ PREDICTIVE = Primitive(
 )
 """The recurrence that also tells the error of every token's heads, ``[N,T,H]``, by the router that ``how`` names."""
 
-PRIMITIVES = (KEPT, PACKED, PREDICTIVE)
+PRIMITIVES = (KEPT, PACKED, PREDICTIVE, STEP)
 
 
 def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
@@ -139,6 +142,10 @@ def _whole(library: Any, mixer: Mixer, token: dict[str, Array], held: HAMState) 
     """Sequences of one length, side by side."""
     xp, options = library.namespace, mixer.options
     v = token["v"]
+    if v.shape[1] == 1:
+        found = ham_step(library, mixer.backend, options, token, held)
+        if found is not None:
+            return found
     heads, dtype = v.shape[2], library.dtype(v)
     wide = "float64" if dtype == "float64" else "float32"
     y, state, error = _ran(library, mixer, token, held.recurrence)

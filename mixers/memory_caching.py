@@ -202,7 +202,7 @@ def step(
     here = (row == segments[:, None]) & ends[:, None]
     kept = tuple(_put(xp, here, old, new) for old, new in zip(kept, online, strict=True))
     if options["init"] == "independent":
-        base_state = _restarted(xp, options, ends, base_state, token["k"].shape, token["v"].shape)
+        base_state = restarted(xp, options, ends, base_state, token["k"].shape, token["v"].shape)
     return y, (
         *base_state,
         *kept,
@@ -287,16 +287,16 @@ def _put(xp: Any, here: Array, old: Array, new: Array) -> Array:
     return xp.where(at, new[:, None], old)
 
 
-def _restarted(
+def restarted(
     xp: Any, options: Options, ends: Array, state: tuple[Array, ...], keys: tuple[int, ...], values: tuple[int, ...]
 ) -> tuple[Array, ...]:
-    """The base's first state where a segment ends."""
+    """The base's first state where a segment ends; a graph may hold zeros, which are not copied from the host."""
     base, base_options = base_of(options["base"])
     rows, heads, width = keys
     sizes = Sizes(B=rows, T=1, G=heads, H=values[1], K=width, V=values[2], N=rows, C=base.chunk(base_options))
     fresh = base.first(sizes, base_options)
     return tuple(
-        xp.where(xp.reshape(ends, (-1, *(1,) * (a.ndim - 1))), like(xp, f, a), a)
+        xp.where(xp.reshape(ends, (-1, *(1,) * (a.ndim - 1))), like(xp, f, a) if f.any() else xp.zeros_like(a), a)
         for f, a in zip(fresh, state, strict=True)
     )
 
@@ -337,6 +337,8 @@ def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:
         counts = out.get(f"{prefix}.segments")
         if counts is None:
             continue
+        if call.sizes.T == 1 and out[f"{prefix}.pooled"].shape[-3] == call.sizes.S:
+            continue  # nothing grew
         most = call.library.largest(counts)
         if most is None:
             return out

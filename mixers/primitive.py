@@ -25,7 +25,7 @@ class Primitive:
         fixed: arrays that no gradient reaches.
         results: what it returns.
         shapes: shape and dtype of every result, ``f(x, fixed, dtype, how)``, ``dtype`` being that of the first array.
-        flows: the results through which gradients come back.
+        flows: the results through which gradients come back; none where it serves only calls that ask for no gradient.
     """
 
     name: str
@@ -97,19 +97,31 @@ def run(
     how: str = "",
 ) -> tuple[Array, ...] | None:
     """The results of a backend's kernel, or None where there is none; widths are those of ``x[1]`` and ``x[2]``."""
-    widths = (x[1].shape[-1], x[2].shape[-1])
-    of = (primitive.name, backend, library.name, library.dtype(x[0]), library.device(x[0]), widths)
-    results: tuple[Array, ...] | None = library.primitive(primitive, of, x, fixed, factor, how)
+    of = _of(library, primitive, backend, x)
+    if not library.serves(primitive, of, x):
+        return None
+    results: tuple[Array, ...] = library.primitive(primitive, of, x, fixed, factor, how)
     return results
+
+
+def served(library: Any, primitive: Primitive, backend: str, x: tuple[Array, ...]) -> bool:
+    """Whether ``run`` would find a kernel: the first three arrays tell, and whether gradients of any are asked for."""
+    found: bool = library.serves(primitive, _of(library, primitive, backend, x), x)
+    return found
+
+
+def _of(library: Any, primitive: Primitive, backend: str, x: tuple[Array, ...]) -> tuple[Any, ...]:
+    """What ``find`` takes."""
+    widths = (x[1].shape[-1], x[2].shape[-1])
+    return primitive.name, backend, library.name, library.dtype(x[0]), library.device(x[0]), widths
 
 
 def by_custom(
     library: Any, primitive: Primitive, of: Any, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
-) -> tuple[Array, ...] | None:
+) -> tuple[Array, ...]:
     """``Library.primitive`` through ``Library.custom``."""
     kernel = find(*of)
-    if kernel is None:
-        return None
+    assert kernel is not None
 
     def forward(*x: Array) -> tuple[tuple[Array, ...], Any]:
         found = kernel.forward(x, fixed, factor, how)

@@ -25,12 +25,14 @@ def forward(
     flags: Flags,
     x: Arrays,
     whole: Whole | None = None,
+    reserves: bool = True,
 ) -> Arrays:
     """Run a mixer token by token.
 
     ``x`` is named as in ``mixers.problem``; so is the result, which holds ``y``, ``final.*`` and ``checkpoint.*``.
     ``whole`` takes the place of the loop: ``whole(inputs, constants, state, passed) -> (y, state)`` runs sequences of
-    one length, of which ``passed`` tokens went before, on arrays as the caller passed them.
+    one length, of which ``passed`` tokens went before, on arrays as the caller passed them. Without ``reserves`` it
+    makes room in caches itself.
     """
     xp = library.namespace
     dtype = _dtype_name(x["q"])
@@ -48,7 +50,7 @@ def forward(
         inputs, whole = spread(xp, spec, fields, inputs, sizes), _loop(library, spec, options)
 
     if x.get("offsets") is None:
-        y, state, checkpoints = _run(library, spec, options, flags, inputs, constants, state, whole)
+        y, state, checkpoints = _run(library, spec, options, flags, inputs, constants, state, whole, reserves)
     else:
         y, state, checkpoints = _run_pack(
             library, spec, options, flags, inputs, constants, state, x["offsets"], sizes, whole
@@ -94,6 +96,7 @@ def _run(
     constants: dict[str, Array],
     state: State,
     whole: Whole,
+    reserves: bool = True,
 ) -> tuple[Array, State, State]:
     """Sequences of equal length, side by side."""
     xp = library.namespace
@@ -102,7 +105,7 @@ def _run(
         inputs = inputs | spec.timed(xp, tokens, inputs["q"])
     if not tokens:
         state = tuple(a * 1 for a in state)  # a copy, whose gradient is that of the state
-    if spec.reserve is not None:
+    if reserves and spec.reserve is not None:
         state = spec.reserve(xp, state, tokens)
 
     every = flags.checkpoint_every or max(tokens, 1)

@@ -6,7 +6,8 @@
 
     q, k, v [N,H,L,K]   W1 [N,H,K,F]   W2 [N,H,F,K]   X2, G1 [N,H,L,F]   G2 [N,H,L,K]
 
-Only the chain over mini-batches is sequential. A mini-batch that was begun before, or that does not end, is shorter.
+Only the chain over mini-batches is sequential. A mini-batch that was begun before, or that does not end, is shorter. A
+single token has a kernel of its own (``mixers.ttt_mlp_step``) where a backend has that.
 """
 
 import functools
@@ -22,6 +23,7 @@ from mixers.problem import Arrays
 from mixers.spec import Array
 from mixers.ttt import default_scale, residual_norm
 from mixers.ttt_mlp import BATCHES, errors, gelu, gelu_slope
+from mixers.ttt_mlp_step import ttt_mlp_step
 
 State = tuple[Array, ...]
 
@@ -52,6 +54,10 @@ def _whole(
 ) -> tuple[Array, State]:
     """Sequences of one length, side by side."""
     xp, chunk, rows = library.namespace, call.options["chunk_size"], inputs["q"].shape[0]
+    if inputs["q"].shape[1] == 1:
+        streamed = ttt_mlp_step(library, backend, chunk, {**constants, **inputs}, state)
+        if streamed is not None:
+            return streamed
     phases = library.host(state[-1]) if passed is None else np.full(rows, passed % chunk)
     if phases is None:
         return _by_token(library, call, inputs, constants, state)

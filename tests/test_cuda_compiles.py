@@ -92,3 +92,56 @@ def test_ptx_of_a_single_token(dtype: str, generation: str, compiled: dict[Any, 
     kernel.forward(problem, kernel.configs(problem)[0], given | {"initial.state": turned}, out)
     assert {module for module, _ in compiled} == {"delta_step"} and len(compiled) == 2
     check(compiled, dtype, generation)
+
+
+# What each kernel of a primitive is given, by axes: what it must have, what it may have, and how it is asked.
+TOKEN = {"q": "NTGK", "k": "NTGK", "v": "NTHV", "beta": "NTH"}
+GIVEN: dict[str, tuple[dict[str, str], dict[str, str], tuple[str, ...]]] = {
+    "ham_step": (
+        TOKEN
+        | {"attn_q": "NTGK", "attn_k": "NTGK", "attn_v": "NTHV", "recurrence": "NHKV", "keys": "NMGK"}
+        | {"values": "NMHV", "count": "N", "window_keys": "NMGK", "window_values": "NMHV", "window_marks": "NM"},
+        {"log_decay": "NTH", "gate_rnn": "NTH", "gate_kv": "NTH", "score": "NT", "kept": "NT", "threshold": ""},
+        ("cosine all 1 1 0.5 1.0", "beta_l2 head 0 0 0.5 1.0", "given all 1 1 0.5 1.0"),
+    ),
+    "memory_step": (
+        {"q": "NTGK", "k": "NTGK", "y": "NTHV", "online": "NHKV", "kept": "NSHKV", "pooled": "NSHK", "key_sum": "NHK"}
+        | {"tokens": "N", "segments": "N"},
+        {"memory_query": "NTHK"},
+        ("gated mean 4 4 1", "sparse sum 4 2 0", "residual mean 4 4 0"),
+    ),
+    "ttt_mlp_step": (
+        {"q": "NTGK", "k": "NTGK", "v": "NTHK", "beta": "NTH", "weight1": "NHKF", "bias1": "NHF", "weight2": "NHFK"}
+        | {"bias2": "NHK", "weight1_sum": "NHKF", "bias1_sum": "NHF", "weight2_sum": "NHFK", "bias2_sum": "NHK"}
+        | {"phase": "N"},
+        {"norm_weight": "HK", "norm_bias": "HK", "token_scale": "C"},
+        ("16",),
+    ),
+}
+HALF = ("q", "k", "v", "attn_q", "attn_k", "attn_v", "keys", "values", "window_keys", "window_values", "y")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GIVEN)
+def test_ptx_of_primitives(name: str, dtype: str, generation: str, compiled: dict[Any, str]) -> None:
+    """A token by the kernels that compositions call."""
+    from importlib import import_module
+
+    primitive, kernel = import_module(f"mixers.{name}").PRIMITIVE, home.backend.primitives()[name]
+    sizes = {"N": 2, "T": 1, "G": 2, "H": 4, "K": 64, "V": 64, "M": 4, "S": 3, "F": 256, "C": 16}
+    least, more, settings = GIVEN[name]
+
+    def array(argument: str, axes: dict[str, str]) -> Any:
+        if argument not in axes:
+            return None
+        counter, wide = argument in primitive.fixed, dtype if argument in HALF or dtype == "float64" else "float32"
+        kind = "int32" if counter else "bool" if argument == "kept" else wide
+        return torch.zeros([sizes[axis] for axis in axes[argument]], dtype=getattr(torch, kind))
+
+    for how in settings:
+        for axes in (least | more,) if how.startswith(("given", "gated", "sparse")) else (least, least | more):
+            x, fixed = ([array(n, axes) for n in names] for names in (primitive.takes, primitive.fixed))
+            kernel.forward(tuple(x), tuple(fixed), 1.0, how)
+    check(compiled, dtype, generation)

@@ -297,6 +297,26 @@ def test_a_budget_moves_rests_and_is_saved() -> None:
     assert int(other.steps) == 3
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("decide", ["all", "head"])
+def test_a_ring_lives_in_a_pool(decide: str, library: str) -> None:
+    mix = ham("auto", max_kept=2, window=2, decide=decide)
+    x = inputs(mix)
+    first = flat(mix, mix.init_state(4, H, K, V, key_heads=G, like=x["q"]))
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        x, first = {n: torch.from_numpy(a) for n, a in x.items()}, tuple(torch.from_numpy(a) for a in first)
+    slots, state = np.array([3, 1], np.int32), None
+    slots = slots if library == "numpy" else torch.from_numpy(slots)
+    for t in range(T):
+        wanted = mix(**cut(x, t, t + 1), initial_state=state)
+        state = wanted.state
+        y = mix.decode(**cut(x, t, t + 1), pool=first, slots=slots)
+        np.testing.assert_allclose(y, wanted.y, rtol=0, atol=1e-12)
+    for held, a in zip(first, flat(mix, state), strict=True):
+        np.testing.assert_allclose(held[[3, 1]], a, rtol=0, atol=1e-12)
+
+
 def test_ham_refuses() -> None:
     given = mixers.get("ham", router="given")
     x = inputs(given)

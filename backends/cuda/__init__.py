@@ -8,6 +8,7 @@ and only where ``backend="cuda"`` asks for it.
 import importlib.util
 import os
 from importlib import import_module
+from typing import Any
 
 from mixers.backend import Kernel, Place, Support
 
@@ -18,6 +19,7 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 WARP = 4 if SIMULATED else 32
 
 _FAMILIES = ("delta", "lattice", "ttt")
+_PRIMITIVES = ("ham_step", "memory_step", "ttt_mlp_step")
 
 
 class CudaBackend:
@@ -47,6 +49,10 @@ class CudaBackend:
     def kernels(self) -> tuple[Kernel, ...]:
         """All kernels, in order of preference."""
         return tuple(kernel for family in _FAMILIES for kernel in import_module(f".{family}", __package__).KERNELS)
+
+    def primitives(self) -> dict[str, Any]:
+        """Kernels that compositions call: a token of each at once."""
+        return {name: import_module(f".{name}", __package__).PRIMITIVE for name in _PRIMITIVES}
 
     def compile_only(self, capability: int) -> None:
         """See ``mixers.backend.Backend``; as far as PTX."""

@@ -9,6 +9,10 @@ DECODING, ENCODING, SIMILARITY = OBJECTIVES.values()
 PHASE_THREADS = 4 * WARP
 
 
+# How many numbers a router's error is made of.
+SUMS_OF = {"cosine": 3, "l2": 1, "beta_l2": 1}
+
+
 def shares(count, first, last):
     """How many numbers a lane keeps of a fold, and the bits that choose them: ``((bit, offset), …)``."""
     kept, chosen = count, []

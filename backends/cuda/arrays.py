@@ -71,6 +71,12 @@ def place(array: Array, axes: int) -> tuple[int, ...]:
     return (address(array), *steps, *(0,) * (axes - len(steps)))
 
 
+def token(array: Array, axes: int) -> tuple[int, ...]:
+    """As ``place`` of an array with a single token, without the step from token to token."""
+    base, batch, _, *rest = place(array, axes)
+    return base, batch, *rest
+
+
 def device_of(array: Array) -> int:
     """The number of the GPU that holds an array."""
     index: int = array.device.index if _is_tensor(array) else array.device

@@ -16,10 +16,10 @@ from typing import Any
 from mixers.backend import Config, Pool, Support
 from mixers.linear import read_scale
 from mixers.problem import Arrays, Problem
-from mixers.spec import Array
+from mixers.spec import Array, Sizes
 
 from . import SIMULATED, WARP
-from .arrays import SIZES, address, empty, kind, place, strides
+from .arrays import SIZES, address, empty, kind, place, strides, token
 from .kernel import PROCESSORS, CudaKernel, blank_unused
 from .program import Constants, Program, constants
 
@@ -137,17 +137,21 @@ class DeltaRecurrent(CudaKernel):
 
 def step_layouts(problem: Problem) -> list[dict[str, int]]:
     """Configurations of the kernel for a single token, the likeliest first; none where there are more, or packs."""
-    _, _, key_dim, value_dim = problem.widths
     if not problem.single or problem.packed or problem.flags.checkpoint_every:
         return []
-    most = WIDEST if SIMULATED else MOST_ROWS // (2 if problem.dtype == "float64" else 1)
+    return step_shapes(*problem.widths[2:], problem.dtype, problem.parallel)
+
+
+def step_shapes(key_dim: int, value_dim: int, dtype: str, parallel: int) -> list[dict[str, int]]:
+    """The same for a number of heads of all sequences, ``parallel``."""
+    most = WIDEST if SIMULATED else MOST_ROWS // (2 if dtype == "float64" else 1)
     found = []
     for groups in (4, 8, 16, 32) if not SIMULATED else (2,):
         rows = 4 * -(-key_dim // (4 * groups))
         if rows <= most:
             warps = min(4, -(-value_dim // (4 * WARP // groups)))
             found.append({"groups": groups, "rows": rows, "warps": warps})
-    if problem.parallel > PROCESSORS:
+    if parallel > PROCESSORS:
         return found
     return sorted(found, key=lambda config: abs(config["rows"] - FEW_ROWS))
 
@@ -259,6 +263,7 @@ def step_constants(
     vectors: bool,
     real: str,
     kind: str,
+    out: str,
     decay: int,
     beta: str,
     log_decay: str,
@@ -268,13 +273,14 @@ def step_constants(
     slots: str,
     out_slots: str,
     fresh: str,
+    router: str,
 ) -> Constants:
     """The constants of a step, from the dtypes of its arrays."""
     return constants(
         layout_of(dict(config))
-        | {"full": full, "vectors": vectors, "real": real, "kind": kind, "beta": beta, "decay": decay}
+        | {"full": full, "vectors": vectors, "real": real, "kind": kind, "out": out, "beta": beta, "decay": decay}
         | {"decay_kind": log_decay or real, "first": first, "source": source, "target": target or real}
-        | {"slots": slots or "int32", "out_slots": out_slots or "int32", "fresh": fresh or "bool"}
+        | {"slots": slots or "int32", "out_slots": out_slots or "int32", "fresh": fresh or "bool", "router": router}
     )
 
 
@@ -282,30 +288,49 @@ def run_step(
     problem: Problem, config: Config, x: Arrays, origin: Array, final: Array | None, y: Array | None, pool: Pool | None
 ) -> None:
     """Queue one token of every sequence."""
-    s, first = problem.sizes, x["initial.state"]
+    queue_step(
+        config, problem.sizes, x, origin, final, y, pool, scale=read_scale(problem.option, problem.sizes.K),
+        norm=norm(problem),
+    )  # fmt: skip
+
+
+def queue_step(
+    config: Config,
+    sizes: Sizes,
+    x: Arrays,
+    origin: Array,
+    final: Array | None,
+    y: Array | None,
+    pool: Pool | None = None,
+    *,
+    scale: float,
+    norm: int = 0,
+    router: str = "",
+    measured: Array | None = None,
+) -> None:
+    """Queue one token of every sequence, and with a ``router`` what errors are made of."""
+    s, first, q = sizes, x["initial.state"], x["q"]
     slots, out_slots, fresh = (pool.slots, pool.out_slots, pool.fresh) if pool else (None, None, None)
-    beta, decay, real = x.get("beta"), x.get("log_decay"), problem.compute_dtype
+    beta, decay = x.get("beta"), x.get("log_decay")
+    real = "float64" if kind(q) == "float64" else "float32"
     vectors = in_vectors(origin, real) and (final is None or in_vectors(final, real))
     chosen = step_constants(
-        tuple(config.items()), config["groups"] * config["rows"] == s.K, vectors, real, problem.dtype,
-        decay_axes(problem), kind(beta), kind(decay), kind(first), kind(origin), kind(final), kind(slots),
-        kind(out_slots), kind(fresh),
+        tuple(config.items()), config["groups"] * config["rows"] == s.K, vectors, real, kind(q), kind(y) or kind(q),
+        0 if decay is None else len(decay.shape) - 2, kind(beta), kind(decay), kind(first), kind(origin), kind(final),
+        kind(slots), kind(out_slots), kind(fresh), router,
     )  # fmt: skip
     numbers = (
-        *_token(x["q"], 4), *_token(x["k"], 4), *_token(x["v"], 4), *_token(beta, 3), *_token(decay, 4),
+        *token(q, 4), *token(x["k"], 4), *token(x["v"], 4), *token(beta, 3), *token(decay, 4),
         *place(first, 4), *place(origin, 4), *place(final, 4), *place(y, 0), *place(slots, 1),
-        *place(out_slots, 1), *place(fresh, 1), s.K, s.V, s.H, s.H // s.G, norm(problem),
+        *place(out_slots, 1), *place(fresh, 1), *place(measured, 0), s.K, s.V, s.H, s.H // s.G, norm,
     )  # fmt: skip
-    columns = config["warps"] * 4 * WARP // config["groups"]
-    blocks = s.N, s.H * -(-s.V // columns)
-    threads, reals = config["warps"] * WARP, (read_scale(problem.option, s.K),)
-    STEP(y, chosen, blocks, threads, numbers, reals, registers=config.get("registers", 0))
+    blocks = s.N, s.H * step_blocks(config, s.V)
+    STEP(q, chosen, blocks, config["warps"] * WARP, numbers, (scale,), registers=config.get("registers", 0))
 
 
-def _token(array: Array, axes: int) -> tuple[int, ...]:
-    """As ``place``, without the step from token to token."""
-    base, batch, _, *rest = place(array, axes)
-    return base, batch, *rest
+def step_blocks(config: Config, value_dim: int) -> int:
+    """Blocks that share a head of a step."""
+    return -(-value_dim // (config["warps"] * 4 * WARP // config["groups"]))
 
 
 def backward_layout(problem: Problem) -> dict[str, int]:

@@ -11,20 +11,26 @@ g, the read and ⟨q,k⟩, is summed at once.
 
 ``vectors`` asks for states that are real numbers and lie so, aligned; without it they may lie in any way and be of any
 dtype, and the same numbers come out, more slowly.
+
+With a ``router`` (and no decay a row) each warp also leaves what its columns add to the error of p = S_{t-1}ᵀ k, the
+prediction: Σpv, Σp² and Σv² for ``cosine``, Σ(p − v)² for ``l2``, Σ(e^g p − v)² for ``beta_l2``.
+
+    measured [N,H,blocks of a head × warps,3 or 1]
 """
 
 import math
 
 import numpy as np
 
+from .agreed import SUMS_OF
 from .device import WARP, fetch, held, load, store, sum_lanes, widen
 from .folds import read_four, write_four
 from .source import cuda
 
 
 def build(
-    *, groups, rows, warps, full, vectors, real, kind, beta, decay, decay_kind, first, source, target, slots, out_slots,
-    fresh,
+    *, groups, rows, warps, full, vectors, real, kind, out, beta, decay, decay_kind, first, source, target, slots,
+    out_slots, fresh, router,
 ):  # fmt: skip
     """The kernel.
 
@@ -34,10 +40,11 @@ def build(
     R, W, L = rows, warps, WARP // groups
     CELLS, BLOCK = 4 * R, 4 * L * W
     DELTA, DECAY, FULL, VECTORS = beta != "", decay, full, vectors
+    MEASURES, COSINE, FADED, SUMS = router != "", router == "cosine", router == "beta_l2", SUMS_OF.get(router, 0)
     number = np.dtype(real).type
     zero, one, eps = number(0), number(1), number(1e-6)
-    down = sum_lanes(L.bit_length() - 1, WARP.bit_length() - 1)
-    read, wide, bits, write = fetch(kind), widen(kind), held(kind), store(kind)
+    down, along = sum_lanes(L.bit_length() - 1, WARP.bit_length() - 1), sum_lanes(0, L.bit_length() - 1)
+    read, wide, bits, write, write_real = fetch(kind), widen(kind), held(kind), store(out), store(real)
     read_gate, wide_gate, gate_bits = fetch(decay_kind), widen(decay_kind), held(decay_kind)
     read_beta, read_decay, read_first = load(beta or real), load(decay_kind), load(first)
     read_vector, write_vector, read_state, write_state = read_four(real), write_four(real), load(source), store(target)
@@ -47,7 +54,7 @@ def build(
         q, q_n, q_h, q_d, k, k_n, k_h, k_d, v, v_n, v_h, v_d, beta, beta_n, beta_h, g, g_n, g_h, g_d,
         initial, initial_n, initial_h, initial_k, initial_v, origin, origin_n, origin_h, origin_k, origin_v,
         final, final_n, final_h, final_k, final_v, y, slots, slots_n, out_slots, out_slots_n, fresh, fresh_n,
-        K, V, heads, group, norm, scale: float,
+        measured, K, V, heads, group, norm, scale: float,
     ):  # fmt: skip
         thread = np.int32(cuda.threadIdx.x)
         warp, lane = thread // np.int32(WARP), thread & np.int32(WARP - 1)
@@ -125,9 +132,10 @@ def build(
             size_k += kk[i] * kk[i]
             row_fade = number(math.exp(number(wide_gate(some_d[i])))) if DECAY == 2 else fade
             for c in range(4):
-                old = row_fade * s[4 * i + c] if DECAY else s[4 * i + c]
+                before = s[4 * i + c]
+                old = row_fade * before if DECAY else before
                 if DELTA:
-                    guess[c] += old * kk[i]
+                    guess[c] += (before if MEASURES else old) * kk[i]
                 seen[c] += old * qq
                 s[4 * i + c] = old
         with_k = down(with_k)
@@ -135,6 +143,23 @@ def build(
             seen[c] = down(seen[c])
             if DELTA:
                 guess[c] = down(guess[c])
+        if MEASURES:
+            met, size, wanted = zero, zero, zero
+            for c in range(4):
+                value, faded = number(wide(some_v[c])), fade * guess[c]
+                predicted = faded if FADED else guess[c]
+                if column + c < V:
+                    met += predicted * value if COSINE else (predicted - value) * (predicted - value)
+                    size += predicted * predicted
+                    wanted += value * value
+                guess[c] = faded
+            met, size, wanted = along(met), along(size), along(wanted)
+            if lane == 0:
+                at = (((n * heads + head) * blocks + part) * W + warp) * SUMS
+                write_real(measured, at, met)
+                if COSINE:
+                    write_real(measured, at + 1, size)
+                    write_real(measured, at + 2, wanted)
         over_q, over_k = number(scale), one
         if norm != 0:
             over_q /= number(math.sqrt(down(size_q) + eps))

@@ -105,7 +105,7 @@ def store(kind):
                 value = builder.call(convert, [value])
             elif kind == "float16":
                 value = builder.fptrunc(value, ir.HalfType())
-            elif kind in ("int32", "int16", "int8"):
+            elif _BITS[kind] < 64 and "float" not in kind:
                 value = builder.trunc(value, ir.IntType(_BITS[kind]))
             builder.store(value, _pointer(builder, address, index, kind))
             return context.get_dummy_value()

@@ -64,10 +64,13 @@ class Library(Protocol):
     def call(self, mixer: "Mixer", **arguments: Any) -> "Result":
         """A mixer as a part of a composition."""
 
+    def serves(self, primitive: "Primitive", of: Any, x: tuple[Array, ...]) -> bool:
+        """Whether ``mixers.primitive.find(*of)`` is a kernel, with the gradients that may be asked for."""
+
     def primitive(
         self, primitive: "Primitive", of: Any, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
-    ) -> tuple[Array, ...] | None:
-        """The results of a primitive by the kernel of ``mixers.primitive.find(*of)``; None where there is none."""
+    ) -> tuple[Array, ...]:
+        """The results of a primitive that is served."""
 
     def untraced(self, function: Any) -> Any:
         """The function, left out of a compiler's graph where the library has a compiler that would follow it."""

@@ -24,7 +24,7 @@ from mixers.call import Call
 from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
 from mixers.plan import Plan
-from mixers.primitive import by_custom
+from mixers.primitive import by_custom, find
 from mixers.problem import Arrays, Problem
 from mixers.result import Result
 from mixers.spec import Array
@@ -103,9 +103,13 @@ class JAX:
         """A call."""
         return mixer(**arguments)
 
+    def serves(self, primitive: Any, of: Any, x: tuple[Any, ...]) -> bool:
+        """A gradient may be asked for at any time."""
+        return bool(primitive.flows) and find(*of) is not None
+
     def primitive(
         self, primitive: Any, of: Any, x: tuple[Any, ...], fixed: tuple[Any, ...], factor: float, how: str
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[Any, ...]:
         """See ``mixers.arrays.Library``."""
         return by_custom(self, primitive, of, x, fixed, factor, how)
 

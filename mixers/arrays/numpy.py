@@ -16,7 +16,7 @@ from mixers.call import Call
 from mixers.mixer import Mixer
 from mixers.packing import Pack, check_offsets
 from mixers.plan import Plan
-from mixers.primitive import by_custom
+from mixers.primitive import by_custom, find
 from mixers.problem import Arrays, Problem
 from mixers.result import Result
 from mixers.spec import Array, MixerSpec, Options, Sizes
@@ -87,9 +87,13 @@ class NumPy:
         """A call."""
         return mixer(**arguments)
 
+    def serves(self, primitive: Any, of: Any, x: tuple[Any, ...]) -> bool:
+        """No gradient is asked of what no tape records."""
+        return find(*of) is not None
+
     def primitive(
         self, primitive: Any, of: Any, x: tuple[Any, ...], fixed: tuple[Any, ...], factor: float, how: str
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[Any, ...]:
         """See ``mixers.arrays.Library``."""
         return by_custom(self, primitive, of, x, fixed, factor, how)
 

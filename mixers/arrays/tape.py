@@ -17,7 +17,7 @@ import numpy as np
 
 from mixers.arrays.numpy import NumPy
 from mixers.mixer import Mixer
-from mixers.primitive import by_custom
+from mixers.primitive import by_custom, find
 from mixers.problem import Arrays
 from mixers.result import Result
 
@@ -250,9 +250,13 @@ class Tape(NumPy):
             traced.append(layout.pack(tuple(arrays)))
         return Result(made[0], *traced)
 
+    def serves(self, primitive: Any, of: Any, x: tuple[Any, ...]) -> bool:
+        """A tape is there for gradients."""
+        return bool(primitive.flows) and find(*of) is not None
+
     def primitive(
         self, primitive: Any, of: Any, x: tuple[Any, ...], fixed: tuple[Any, ...], factor: float, how: str
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[Any, ...]:
         """See ``mixers.arrays.Library``."""
         return by_custom(self, primitive, of, x, fixed, factor, how)
 

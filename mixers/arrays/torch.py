@@ -115,9 +115,13 @@ class Torch:
         """A call."""
         return mixer(**arguments)
 
+    def serves(self, primitive: Primitive, of: Any, x: tuple[Array, ...]) -> bool:
+        """Gradients are asked of what requires them."""
+        return torch_primitive.serves(primitive, of, x)
+
     def primitive(
         self, primitive: Primitive, of: Any, x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
-    ) -> tuple[Array, ...] | None:
+    ) -> tuple[Array, ...]:
         """An operator of its own."""
         return torch_primitive.call(primitive, of, x, fixed, factor, how)
 
@@ -154,9 +158,18 @@ class Torch:
         return torch.from_numpy(np.ascontiguousarray(values)).to(dtype=getattr(torch, dtype), device=like.device)
 
     def scatter(self, pools: tuple[Array, ...], state: tuple[Array, ...], where: Array, target: Array) -> None:
-        """Write states into their slots."""
+        """Write states into their slots, without asking which: what goes nowhere writes what another writes.
+
+        Where all go nowhere, they write what there is in the first slot.
+        """
+        if not target.shape[0]:
+            return
+        first, some = where.to(torch.int32).argmax(0, keepdim=True), where.any()
+        source = torch.where(where, torch.arange(target.shape[0], device=target.device), first)
+        slot = torch.where(some, target.index_select(0, source), 0).long()
         for pool, values in zip(pools, state, strict=True):
-            pool[target[where].long()] = values[where].to(pool.dtype)
+            rows = values.index_select(0, source).to(pool.dtype)
+            pool[slot] = torch.where(some, rows, pool[slot])
 
     def decode(self, mixer: Mixer, call: Call, pool: Pool) -> Array | None:
         """One launch on the pool itself, where a kernel takes tensors so."""

@@ -16,18 +16,25 @@ _operators: dict[str, Any] = {}
 
 
 @constant
-def _serves(*of: Any) -> bool:
+def _found(*of: Any) -> bool:
     return find(*of) is not None
+
+
+def serves(primitive: Primitive, of: tuple[Any, ...], x: tuple[Array, ...]) -> bool:
+    """See ``Library.serves``."""
+    return (bool(primitive.flows) or not _asks_for_gradients(x)) and _found(*of)
 
 
 def call(
     primitive: Primitive, of: tuple[Any, ...], x: tuple[Array, ...], fixed: tuple[Array, ...], factor: float, how: str
-) -> tuple[Array, ...] | None:
+) -> tuple[Array, ...]:
     """See ``Library.primitive``."""
-    if not _serves(*of):
-        return None
     define(primitive)
     return _several(_operators[primitive.name](*x, *fixed, factor, how, of[1]))
+
+
+def _asks_for_gradients(x: tuple[Array, ...]) -> bool:
+    return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in x)
 
 
 def define(primitive: Primitive) -> None:
@@ -93,6 +100,8 @@ def define(primitive: Primitive) -> None:
     given = takes + "".join(f", Tensor {n}" for n in primitive.fixed)
     rest = ", float factor, str how, str backend"
     made = _define(name, forward, f"({given}{rest})", len(primitive.results), shapes)
+    if not flows:
+        return
     made.register_autograd(autograd, setup_context=save)
     more = "".join(f", Tensor out_{n}" for n in primitive.results)
     more += "".join(f", Tensor? d_{n}" for n in primitive.flows)
