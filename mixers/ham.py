@@ -302,7 +302,7 @@ def _reserve(options: Options) -> Any:
 
 
 def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:
-    """Whole pages of kept tokens, and no more, where their number can be known: how often a call was cut is not seen."""
+    """Whole pages of kept tokens, and no more, where their number can be known: however a call was cut."""
     if call.options["max_kept"]:
         return out
     for prefix, axis in (("final", 1), ("checkpoint", 2)):

@@ -29,7 +29,6 @@ from mixers.problem import Arrays, Problem
 from mixers.result import Result
 from mixers.spec import Array
 
-
 # Products of float32 are true ones wherever they run: left to itself, XLA rounds their operands to tf32 on a GPU.
 _EXACT = {"matmul": functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)}
 
