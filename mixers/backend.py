@@ -54,11 +54,14 @@ class Place:
 
     def holds(self, problem: Problem) -> Support:
         """Whether the arrays of a problem are there."""
-        library = problem.library if problem.library in ("numpy", "torch", "jax") else "cuda"
-        if library not in self.libraries:
-            return Support.no(f"takes arrays of {' and '.join(self.libraries)}, not of {problem.library}")
-        if problem.device not in self.devices:
-            return Support.no(f"runs on {' and '.join(self.devices)}, and the arrays are on {problem.device}")
+        return self.serves(problem.library, problem.device)
+
+    def serves(self, library: str, device: str) -> Support:
+        """Whether arrays of a library on a device are there."""
+        if (library if library in ("numpy", "torch", "jax") else "cuda") not in self.libraries:
+            return Support.no(f"takes arrays of {' and '.join(self.libraries)}, not of {library}")
+        if device not in self.devices:
+            return Support.no(f"runs on {' and '.join(self.devices)}, and the arrays are on {device}")
         return Support.yes()
 
 

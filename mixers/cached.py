@@ -179,9 +179,8 @@ class _Rows:
         )
         if not appends:
             kept, pooled = *self.kept, self.pooled
-        elif most is not None:
-            room = max(most, self.pooled.shape[1])
-            kept, pooled = kept[:, :room], pooled[:, :room]
+        if most is not None:  # no more rows than a call with gradients would leave
+            kept, pooled = kept[:, :most], pooled[:, :most]
         if appends and self.options["init"] == "independent":
             keys = (q.shape[0], self.heads, q.shape[3])
             state = restarted(self.xp, self.options, tokens == 0, state, keys, self.inputs["v"][:, 0].shape)

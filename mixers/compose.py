@@ -7,6 +7,7 @@ NumPy the same lines run on a tape (``mixers.arrays.tape``), which is also how `
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from mixers.backend import installed
 from mixers.problem import Arrays
 
 if TYPE_CHECKING:
@@ -15,12 +16,28 @@ if TYPE_CHECKING:
 
 
 def run(mixer: "Mixer", call: "Call") -> Arrays:
-    """Forward, differentiable where the library is."""
+    """Forward, differentiable where the library is.
+
+    Raises:
+        ValueError: the arrays are not where the backend that was asked for runs.
+    """
     spec, library = call.spec, call.library
     assert spec.compose is not None
+    x = library.given(call)
+    if not mixer.parts:
+        _refuse_elsewhere(mixer, call)
     compose = spec.compose if spec.traced(call) else library.untraced(spec.compose)
-    found: Arrays = compose(library, mixer, call, library.given(call))
+    found: Arrays = compose(library, mixer, call, x)
     return found
+
+
+def _refuse_elsewhere(mixer: "Mixer", call: "Call") -> None:
+    """What has parts leaves that to them; a backend of GPUs may be simulated, and is left to its kernels."""
+    place = installed()[mixer.backend].place if mixer.backend in installed() else None
+    if place is not None and "cpu" in place.devices:
+        served = place.serves(call.library.name, call.library.device(call.x["q"]))
+        if not served:
+            raise ValueError(f"{call.spec.name}: backend {mixer.backend!r} {served.reason}")
 
 
 def vjp(mixer: "Mixer", call: "Call") -> tuple[Arrays, Any]:
