@@ -4,12 +4,14 @@ A sequence is pairs of a key and a value, one a token, then questions: a key tha
 There are more pairs than a small recurrence can hold. Every run trains the same two-layer model of ``HybridLayer``
 blocks with a budget (``KeepBudget``) that moves the threshold towards a share of tokens to keep; a share of 0 is the
 recurrence alone, of 1 full attention beside it. Loss and accuracy are those of the questions, on new sequences. Writes
-JSON; ``--plot`` then draws it.
+``benchmarks/results/recall.json``, from which the docs draw.
 """
 
 import argparse
 import datetime
 import json
+import os
+import platform
 import statistics
 import sys
 import time
@@ -114,23 +116,6 @@ def run(share: float, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A point a run, and the mean of every target."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.scatter([r["kept"] for r in rows], [r["loss"] for r in rows], alpha=0.4)
-    targets = sorted({r["target"] for r in rows})
-    means = [[statistics.mean(r[name] for r in rows if r["target"] == t) for t in targets] for name in ("kept", "loss")]
-    axes.plot(*means, "o-")
-    axes.set(xlabel="share of tokens kept", ylabel="loss of the answers, nats", ylim=(0, None))
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main() -> None:
     """Train every share with every seed, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recall", description=__doc__)
@@ -144,17 +129,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--plot", action="store_true", help="nothing is trained: draw what --out holds")
     parser.add_argument("--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
-    if chosen.plot:
-        plot(json.loads(chosen.out.read_text())["runs"], chosen.out.with_suffix(".png"))
-        return
     found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.recall " + " ".join(sys.argv[1:]),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "torch": torch.__version__,
+        "machine": {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": " ".join(["python -m benchmarks.recall", *sys.argv[1:]]),
+            "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "",
+            "cpu": platform.machine(),
+            "cores": os.cpu_count(),
+            "versions": {"torch": torch.__version__},
+        },
         "runs": [],
     }
     for share in chosen.shares:

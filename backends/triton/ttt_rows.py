@@ -36,6 +36,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 # Mini-batches of fewer tokens want more digits.
 SHORTEST = 16
 
+# Columns of a tile: of 64 rows times 16 columns Triton 3.6 reads past the end of shared memory.
+NARROWEST = 32
+
 
 @triton.jit
 def long(stride, ALIGNED: tl.constexpr):
@@ -420,7 +423,7 @@ class Layout:
         wide, exact = operand == torch.float32, multiply == "ieee"
         constants = {
             "WIDTH": s.K,
-            "D": block(s.K),
+            "D": max(block(s.K), NARROWEST),
             "SLICE": 32 if wide or s.K > 128 else block(s.K),
             "ROWS": rows,
             "CHUNK": chunk,

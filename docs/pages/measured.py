@@ -1,7 +1,7 @@
 """Measurements that are committed in ``benchmarks/results``, read as they are."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ class Results:
         gpu: ``python -m benchmarks.gpu``.
         cuda: ``python -m benchmarks.cuda``.
         hybrid: ``python -m benchmarks.hybrid``.
+        recall: ``python -m benchmarks.recall``.
     """
 
     cpu: dict[str, Any]
     gpu: dict[str, Any]
     cuda: dict[str, Any]
     hybrid: dict[str, Any]
+    recall: dict[str, Any]
 
 
 def load(folder: Path = RESULTS) -> Results:
     """Read them."""
-    return Results(*(json.loads((folder / f"{name}.json").read_text()) for name in ("cpu", "gpu", "cuda", "hybrid")))
+    return Results(**{f.name: json.loads((folder / f"{f.name}.json").read_text()) for f in fields(Results)})
 
 
 def provenance(result: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Tables and pictures of all committed measurements."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ def parts(results: measured.Results, folder: Path) -> dict[str, str]:
     where.mkdir(parents=True, exist_ok=True)
     growth_picture(results.cpu["growth"], where / "growth.svg")
     gpu_picture(results.gpu["duels"], where / "gpu.svg")
+    kept_picture(results.recall["runs"], where / "kept.svg")
     made = {
         "cpu": cpu(results.cpu),
         "growth": growth(results.cpu),
@@ -22,6 +24,7 @@ def parts(results: measured.Results, folder: Path) -> dict[str, str]:
         "serving": serving(results.gpu),
         "cuda": cuda(results.cuda),
         "hybrid": hybrid(results.hybrid),
+        "kept": kept(results.recall),
     }
     return {f"performance/{name}.part.md": text + "\n" for name, text in made.items()}
 
@@ -187,6 +190,17 @@ def hybrid(result: dict[str, Any]) -> str:
     return f"{where}\n\n{table(headers, rows)}"
 
 
+def kept(result: dict[str, Any]) -> str:
+    """Loss and right answers against the share of tokens that HAM keeps, a row a run."""
+    rows = [
+        [f"{r['target']:.3g}", str(r["seed"]), f"{r['kept']:.3f}", f"{r['loss']:.3f}", f"{r['accuracy']:.0%}"]
+        for r in result["runs"]
+    ]
+    headers = ["share asked for", "seed", "share kept", "loss, nats", "right answers"]
+    picture = "![Loss against the share of tokens that is kept](../made/performance/kept.svg)"
+    return f"{picture}\n\n{measured.provenance(result)}\n\n{table(headers, rows)}"
+
+
 def growth_picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Seconds against tokens on a CPU."""
     drawing, axes = figure()
@@ -212,4 +226,16 @@ def gpu_picture(duels: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="milliseconds, forward + backward", title=f"{tuple(first)}, {chosen[0]['dtype']}, H200")
     axes.invert_yaxis()
     axes.legend(fontsize=8)
+    save(drawing, path)
+
+
+def kept_picture(runs: list[dict[str, Any]], path: Path) -> None:
+    """A point a run, and the mean of every share."""
+    drawing, axes = figure()
+    axes.scatter([r["kept"] for r in runs], [r["loss"] for r in runs], alpha=0.4)
+    shares = sorted({r["target"] for r in runs})
+    means = [[statistics.mean(r[name] for r in runs if r["target"] == s) for s in shares] for name in ("kept", "loss")]
+    axes.plot(*means, "o-")
+    axes.set(xlabel="share of tokens kept", ylabel="loss of the answers, nats", ylim=(0, None))
+    axes.grid(alpha=0.3)
     save(drawing, path)
