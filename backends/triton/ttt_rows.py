@@ -36,8 +36,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 # Mini-batches of fewer tokens want more digits.
 SHORTEST = 16
 
-# Columns of a tile: of 64 rows times 16 columns Triton 3.6 reads past the end of shared memory.
-NARROWEST = 32
+# Width of a block of 64 rows: of products with 16 columns Triton 3.6 reads past the end of shared memory, and those
+# with 32 are not trusted either.
+NARROWEST = 64
 
 
 @triton.jit
@@ -414,7 +415,7 @@ class Layout:
         full = min(max(rows // chunk, 1) * chunk, rows)
         # Blocks that are cut short: at the end of a long mini-batch, before and behind a checkpoint.
         carry = chunk > rows or every > 0
-        join = 1 if adjoint or carry else 2
+        join = 1 if adjoint or carry or s.K <= NARROWEST // 2 else 2
         a_token = 1 / (join * full) + (chunk > rows) / chunk + (2 / every if every else 0)
         spacing = max(1, int(1 / a_token))
         multiply = multiplied(problem, adjoint, rates=x.get("token_scale") is not None)
@@ -423,7 +424,7 @@ class Layout:
         wide, exact = operand == torch.float32, multiply == "ieee"
         constants = {
             "WIDTH": s.K,
-            "D": max(block(s.K), NARROWEST),
+            "D": block(s.K),
             "SLICE": 32 if wide or s.K > 128 else block(s.K),
             "ROWS": rows,
             "CHUNK": chunk,
