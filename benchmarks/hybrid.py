@@ -6,7 +6,7 @@ Ours and the peer run in one process, in turns; a ratio is one of medians. ``gra
 both can be captured, ``eager`` those of plain calls, which hold the way through Python and the wait for the number of
 kept tokens. HAM's threshold is set so that the wanted share of tokens is kept, by the router's own scores. On a machine
 without a GPU the same rows run on its CPU, at the sizes that ``--tokens`` gives. Writes
-``benchmarks/results/hybrid.json``; ``--plot`` then draws the trade of time and bytes against the kept share beside it.
+``benchmarks/results/hybrid.json``, from which the docs draw time and bytes against the kept share.
 """
 
 import argparse
@@ -258,27 +258,6 @@ def show(row: dict[str, Any]) -> str:
     return f"{row['name']} {tuple(row['shape'])}{kept}: {', '.join(times)} {row.get('no_graph', '')}"
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and bytes of HAM's forward against the kept share."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    trade = sorted((row for row in rows if row["name"] == "ham forward" and row.get("trade")), key=lambda r: r["kept"])
-    kind = "graph_ms" if all("graph_ms" in row for row in trade) else "eager_ms"
-    figure, left = pyplot.subplots(figsize=(6, 4))
-    left.plot([r["kept"] for r in trade], [r[kind]["ours"] for r in trade], "o-", label="HAM, ms")
-    left.plot([r["kept"] for r in trade], [r[kind]["peer"] for r in trade], "--", label="all tokens, ms")
-    left.set(xlabel="share of tokens kept", ylabel="milliseconds", ylim=(0, None))
-    right = left.twinx()
-    right.plot([r["kept"] for r in trade], [r["state_bytes"] / 2**20 for r in trade], "s:", color="grey")
-    right.set(ylabel="state, MiB (dotted)", ylim=(0, None))
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hybrid", description=__doc__)
@@ -288,12 +267,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128 if GPU else 64)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--only", nargs="+", default=["packed", "ham", "caching", "mlp", "long", "trade"])
-    parser.add_argument("--plot", action="store_true", help="nothing is measured: draw what --out holds")
     parser.add_argument("--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
-    if chosen.plot:
-        plot(json.loads(chosen.out.read_text())["rows"], chosen.out.with_suffix(".png"))
-        return
     shape = (1, chosen.tokens, chosen.heads, chosen.width)
     small = (8, 2048, 16, 64) if GPU else (1, 256, 4, 32)
     turns, both = chosen.turns, list(PASSES)

@@ -177,19 +177,19 @@ def _place(array: Array) -> str:
 
 def _bind(spec: MixerSpec, options: Options, arg: Arg, array: Array, bound: dict[str, int], token: bool) -> None:
     """Match an array's shape with its axes, given the axes that are known."""
-    shape = array.shape
+    shape, chunk = array.shape, {"C": spec.chunk(options)}
     for layout in arg.layouts:
         axes = tuple(axis for axis in layout if axis != "T") if token else layout
         if len(axes) != len(shape):
             continue
         for axis, size in zip(axes, shape, strict=True):
-            known = spec.chunk(options) if axis == "C" else bound.get(axis)
+            known = chunk[axis] if axis in chunk else bound.get(axis)
             if known is None:
                 bound[axis] = size
             elif known != size:
-                raise ValueError(_wrong_shape(spec, arg, shape, bound, token))
+                raise ValueError(_wrong_shape(spec, arg, shape, bound | chunk, token))
         return
-    raise ValueError(_wrong_shape(spec, arg, shape, bound, token))
+    raise ValueError(_wrong_shape(spec, arg, shape, bound | chunk, token))
 
 
 def _wrong_shape(spec: MixerSpec, arg: Arg, shape: Any, bound: dict[str, int], token: bool) -> str:

@@ -28,8 +28,8 @@ pytestmark = [] if home.SIMULATED else [pytest.mark.gpu]
 Named = dict[str, Any]
 ROWS, TOKENS = 2, 7
 HALF = ("q", "k", "v", "attn_q", "attn_k", "attn_v", "memory_query")
-SMALL = {"B": ROWS, "T": TOKENS, "G": 2, "H": 4, "K": 6, "V": 5, "C": 3}
-WIDE = {"B": 3, "T": 40, "G": 4, "H": 8, "K": 128, "V": 128, "C": 16}
+SMALL = {"B": ROWS, "T": TOKENS, "G": 2, "H": 4, "K": 6, "V": 5}
+WIDE = {"B": 3, "T": 40, "G": 4, "H": 8, "K": 128, "V": 128}
 
 # A name, options, inputs that may be left out and are not, axes that differ from the usual ones.
 HAMS: dict[str, tuple[Named, tuple[str, ...], Named]] = {
@@ -65,7 +65,8 @@ CASES = [
 def inputs(mix: mixers.Mixer, more: tuple[str, ...], sizes: Named, dtype: str) -> Named:
     """Random numbers for what a mixer must have, and for what else is named."""
     rng, found = np.random.default_rng(7), {}
-    sizes = {"J": sizes["G"], "A": sizes["G"], "D": sizes["H"], "E": sizes["K"], **sizes}
+    chunk = mix.options.get("chunk_size", 1)
+    sizes = {"J": sizes["G"], "A": sizes["G"], "D": sizes["H"], "E": sizes["K"], "C": chunk, **sizes}
     for arg in (*mix.spec.inputs, *mix.spec.parameters):
         if arg.optional and arg.name not in more:
             continue
@@ -236,11 +237,6 @@ def test_where_the_host_knows_nothing_memories_have_room(
 # On a GPU.
 
 
-def sizes_of(mix: mixers.Mixer) -> Named:
-    """Wide ones, and the length of a mini-batch."""
-    return WIDE | {"C": mix.options.get("chunk_size", 1)}
-
-
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Waiting for the device is an error."""
@@ -263,7 +259,7 @@ FIXED = [
 @pytest.mark.parametrize(("name", "options"), FIXED)
 def test_a_stream_of_fixed_size_waits_for_nobody(name: str, options: Named) -> None:
     mix = mixers.get(name, backend="cuda", **options)
-    x = inputs(mix, ("log_decay",), sizes_of(mix), "bfloat16")
+    x = inputs(mix, ("log_decay",), WIDE, "bfloat16")
     state = mix.step(**token(mix, x, 0)).state
     with no_waiting():
         for t in range(1, WIDE["T"]):
@@ -296,7 +292,7 @@ def test_a_graph_holds_a_stream(name: str, options: Named, dtype: str) -> None:
     Memories have rows to spare, since a captured step of memory caching returns one more than it was given.
     """
     mix = mixers.get(name, backend="cuda", **options)
-    x = inputs(mix, ("log_decay",), sizes_of(mix), dtype)
+    x = inputs(mix, ("log_decay",), WIDE, dtype)
     now = {n: a.clone() for n, a in token(mix, x, 0).items()}
     first = mix.step(**now).state
     pack = mix.spec.state(mix.options).pack
@@ -328,7 +324,7 @@ def test_a_graph_holds_a_stream(name: str, options: Named, dtype: str) -> None:
 def test_a_graph_holds_a_pool(name: str, options: Named) -> None:
     """A token of three sequences, one of which is padding, with their states in a pool."""
     mix = mixers.get(name, backend="cuda", **options)
-    x = inputs(mix, (), sizes_of(mix), "bfloat16")
+    x = inputs(mix, (), WIDE, "bfloat16")
     slots = torch.tensor([3, -1, 0], dtype=torch.int32, device=DEVICE)
     pool = mix.init_state(5, WIDE["H"], WIDE["K"], WIDE["V"], key_heads=WIDE["G"], like=x["q"])
     beside = tuple(a.clone() for a in flat(mix, pool))

@@ -16,6 +16,7 @@ def parts(results: measured.Results, folder: Path) -> dict[str, str]:
     growth_picture(results.cpu["growth"], where / "growth.svg")
     gpu_picture(results.gpu["duels"], where / "gpu.svg")
     kept_picture(results.recall["runs"], where / "kept.svg")
+    trade_picture(results.hybrid["rows"], where / "trade.svg")
     made = {
         "cpu": cpu(results.cpu),
         "growth": growth(results.cpu),
@@ -187,7 +188,8 @@ def hybrid(result: dict[str, Any]) -> str:
         {"machine": machine | {"gpu": machine["device"], "versions": {"torch": machine["torch"]}}}
     )
     headers = ["what", "(B,T,H,D)", "kept", "called", "ours", "beside", "its time", "ratio"]
-    return f"{where}\n\n{table(headers, rows)}"
+    picture = "![Time and state of HAM against the share of tokens that is kept](../made/performance/trade.svg)"
+    return f"{where}\n\n{table(headers, rows)}\n\n{picture}"
 
 
 def kept(result: dict[str, Any]) -> str:
@@ -238,4 +240,20 @@ def kept_picture(runs: list[dict[str, Any]], path: Path) -> None:
     axes.plot(*means, "o-")
     axes.set(xlabel="share of tokens kept", ylabel="loss of the answers, nats", ylim=(0, None))
     axes.grid(alpha=0.3)
+    save(drawing, path)
+
+
+def trade_picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds of HAM's forward, and bytes of its state, against the kept share."""
+    trade = sorted((row for row in rows if row.get("trade")), key=lambda row: row["kept"])
+    kept = [row["kept"] for row in trade]
+    drawing, left = figure()
+    left.plot(kept, [row["graph_ms"]["ours"] for row in trade], "o-", label="HAM")
+    left.plot(kept, [row["graph_ms"]["peer"] for row in trade], "--", label="attention to all, and the delta rule")
+    left.set(xlabel="share of tokens kept", ylabel="milliseconds", ylim=(0, None))
+    right = left.twinx()
+    right.plot(kept, [row["state_bytes"] / 2**20 for row in trade], "s:", color="grey")
+    right.set(ylabel="state, MiB (dotted)", ylim=(0, None))
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8)
     save(drawing, path)
