@@ -188,7 +188,7 @@ def hybrid(result: dict[str, Any]) -> str:
         {"machine": machine | {"gpu": machine["device"], "versions": {"torch": machine["torch"]}}}
     )
     headers = ["what", "(B,T,H,D)", "kept", "called", "ours", "beside", "its time", "ratio"]
-    picture = "![Time and state of HAM against the share of tokens that is kept](../made/performance/trade.svg)"
+    picture = "![Time and state of HAM against the share of tokens that is kept](made/performance/trade.svg)"
     return f"{where}\n\n{table(headers, rows)}\n\n{picture}"
 
 
@@ -199,7 +199,7 @@ def kept(result: dict[str, Any]) -> str:
         for r in result["runs"]
     ]
     headers = ["share asked for", "seed", "share kept", "loss, nats", "right answers"]
-    picture = "![Loss against the share of tokens that is kept](../made/performance/kept.svg)"
+    picture = "![Loss against the share of tokens that is kept](made/performance/kept.svg)"
     return f"{picture}\n\n{measured.provenance(result)}\n\n{table(headers, rows)}"
 
 
