@@ -160,10 +160,12 @@ def weigh(
     keys = tl.load(k + (j * k_t)[:, None] + e[None, :], mask=there[:, None] & (e < E)[None, :], other=0.0)
     across = tl.load(v + c[:, None] + (j * v_t)[None, :], mask=(c < V)[:, None] & there[None, :], other=0.0)
     p = tl.exp2(dot(q, tl.trans(keys), PRECISION) * scale - less[:, None])
+    met = dot(dy, across, PRECISION)
     if MASKED:
         at = (position + j)[None, :]
         p = tl.where((at >= low[:, None]) & (at < high[:, None]), p, 0.0)
-    ds = p * (dot(dy, across, PRECISION) - delta[:, None])
+        met = tl.where((high - low > 1)[:, None], met, 0.0)
+    ds = p * (met - delta[:, None])
     return dq + dot(ds.to(keys.dtype), keys, PRECISION)
 
 
@@ -193,7 +195,8 @@ def backward_queries(
     wide = inside[:, None] & (c < V)[None, :]
     arriving = tl.load(dy + place * V + (at * V)[:, None] + c[None, :], mask=wide, other=0.0)
     output = tl.load(y + place * V + (at * V)[:, None] + c[None, :], mask=wide, other=0.0)
-    shift = tl.sum(arriving.to(tl.float32) * output.to(tl.float32), axis=1)
+    # What sees one row alone moves no weight: both products are left out, whose sums differ in their order.
+    shift = tl.where(highs - lows > 1, tl.sum(arriving.to(tl.float32) * output.to(tl.float32), axis=1), 0.0)
     shift -= tl.load(dlse + place + at, mask=inside, other=0.0)
     tl.store(delta + place + at, shift, mask=inside)
     less = tl.load(lse + place + at, mask=inside, other=float("-inf"))
@@ -245,7 +248,10 @@ def collect(
     arriving = tl.load(dy + place * V + (here * V)[:, None] + c[None, :], mask=wide, other=0.0)
     shift = tl.load(delta + place + here, mask=inside, other=0.0)
     dv += dot(p.to(arriving.dtype), arriving, PRECISION)
-    ds = p * (dot(v, tl.trans(arriving), PRECISION) - shift[None, :])
+    met = dot(v, tl.trans(arriving), PRECISION)
+    if MASKED:
+        met = tl.where((highs - lows > 1)[None, :], met, 0.0)
+    ds = p * (met - shift[None, :])
     return dk + dot(ds.to(queries.dtype), queries, PRECISION), dv
 
 
