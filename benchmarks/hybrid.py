@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mixers.autotune.device import device_of_kind
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -241,7 +242,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python -m benchmarks.hybrid " + " ".join(sys.argv[1:]),
-        "device": torch.cuda.get_device_name() if GPU else "cpu",
+        "device": torch.cuda.get_device_name() if GPU else device_of_kind("cpu").id,
         "torch": torch.__version__,
         "dtype": str(DTYPE).removeprefix("torch."),
     }

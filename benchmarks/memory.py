@@ -1,5 +1,6 @@
 """What a call holds at its highest. Light to import: a process that times its imports asks for it too."""
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -21,11 +22,8 @@ def status(field: str) -> int:
 
 def forget_peak() -> None:
     """Start ``VmHWM`` anew; where the kernel does not let us, an earlier and higher peak counts against us."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def peak(run: Callable[[], Any], device: str) -> int | None:

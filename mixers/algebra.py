@@ -98,9 +98,10 @@ def joined(xp: Any, parts: Sequence[Array], axis: int) -> Array:
     return filled[0] if len(filled) == 1 else xp.concat(filled, axis=axis)
 
 
-def more_rows(xp: Any, a: Array, rows: int) -> Array:
-    """Zeros behind axis 1."""
-    return joined(xp, [a, xp.zeros((a.shape[0], rows, *a.shape[2:]), dtype=a.dtype, **device_of(a))], axis=1)
+def more_rows(xp: Any, a: Array, rows: int, axis: int = 1) -> Array:
+    """Zeros behind an axis."""
+    shape = (*a.shape[:axis], rows, *a.shape[axis + 1 :])
+    return joined(xp, [a, xp.zeros(shape, dtype=a.dtype, **device_of(a))], axis=axis)
 
 
 def like(xp: Any, matrix: np.ndarray, array: Array) -> Array:

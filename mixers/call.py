@@ -177,22 +177,23 @@ def _place(array: Array) -> str:
 
 def _bind(spec: MixerSpec, options: Options, arg: Arg, array: Array, bound: dict[str, int], token: bool) -> None:
     """Match an array's shape with its axes, given the axes that are known."""
-    shape, chunk = array.shape, {"C": spec.chunk(options)}
+    shape = array.shape
     for layout in arg.layouts:
         axes = tuple(axis for axis in layout if axis != "T") if token else layout
         if len(axes) != len(shape):
             continue
         for axis, size in zip(axes, shape, strict=True):
-            known = chunk[axis] if axis in chunk else bound.get(axis)
+            known = spec.chunk(options) if axis == "C" else bound.get(axis)
             if known is None:
                 bound[axis] = size
             elif known != size:
-                raise ValueError(_wrong_shape(spec, arg, shape, bound | chunk, token))
+                raise ValueError(_wrong_shape(spec, options, arg, shape, bound, token))
         return
-    raise ValueError(_wrong_shape(spec, arg, shape, bound | chunk, token))
+    raise ValueError(_wrong_shape(spec, options, arg, shape, bound, token))
 
 
-def _wrong_shape(spec: MixerSpec, arg: Arg, shape: Any, bound: dict[str, int], token: bool) -> str:
+def _wrong_shape(spec: MixerSpec, options: Options, arg: Arg, shape: Any, bound: dict[str, int], token: bool) -> str:
+    bound = bound | {"C": spec.chunk(options)}
     layouts = [tuple(a for a in layout if a != "T") if token else layout for layout in arg.layouts]
     wanted = " or ".join(f"[{','.join(axes)}] = ({', '.join(str(bound.get(a, a)) for a in axes)})" for axes in layouts)
     got = tuple(int(n) for n in shape)

@@ -321,8 +321,7 @@ def _sized(xp: Any, rows: Array, axis: int, room: int) -> Array:
     found = rows.shape[axis]
     if found >= room:
         return rows[(slice(None),) * axis + (slice(room),)]
-    zeros = xp.zeros((*rows.shape[:axis], room - found, *rows.shape[axis + 1 :]), dtype=rows.dtype, **device_of(rows))
-    return xp.concat([rows, zeros], axis=axis)
+    return more_rows(xp, rows, room - found, axis)
 
 
 def refuse(call: Any, given: Any, token: bool) -> None:

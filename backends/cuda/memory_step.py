@@ -35,7 +35,8 @@ class MemoryStep(TokenKernel):
         shared = _shared(room) * SIZES[real]
         if shared > MOST_SHARED:
             raise ValueError(
-                f"memory_caching: {room} segments do not fit in shared memory; backend='reference' takes them"
+                f"memory_caching: scores of {room} segments take {shared} bytes of shared memory, and a block has "
+                f"{MOST_SHARED}; take longer segments, or backend='reference'"
             )
         columns = _columns(rows * heads, values)
         blocks = rows, heads * -(-values // (columns * WARP))
