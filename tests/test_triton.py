@@ -1,5 +1,6 @@
 """Triton's own: whom it refuses, and tf32. Pools and laws 5 to 7: ``conformance/test_device.py``."""
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -18,6 +19,7 @@ if not STATUS:
     pytest.skip(STATUS.reason, allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPUS = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU's bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_packed_attention(sizes: tuple[int, ...], cap: int, share: float) -> Non
     ("dtype", "slack"),
     [
         ("float32", 2e-5),
-        pytest.param("bfloat16", 2e-2, marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU's bfloat16")),
+        pytest.param("bfloat16", 2e-2, marks=ON_GPUS),
     ],
 )
 def test_ttt_mlp(dtype: str, slack: float) -> None:
@@ -125,3 +127,20 @@ def test_ttt_mlp(dtype: str, slack: float) -> None:
     for a, b, c in zip(found, wanted, again, strict=True):
         assert (a.cpu().double() - b).abs().max() <= slack * b.abs().max()
         assert torch.equal(a, c)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=ON_GPUS)])
+@pytest.mark.parametrize("mixer", ["linear_attention", "ssd", "gla"])
+def test_pieces_of_a_sequence(mixer: str, dtype: str) -> None:
+    """Sequences longer than those of the laws, of few heads; no length of a piece divides theirs."""
+    from mixers.backends.triton.delta_chunk import KERNELS
+
+    from mixers.cases import long_setting
+    from mixers.check import Case, fitted
+
+    setting = dataclasses.replace(long_setting(mixers.get_spec(mixer), {}, 0), lengths=(701, 701), initial="given")
+    case = fitted(Case("truth", setting, "triton", KERNELS[0], dtype, "torch"))
+    assert case is not None
+    verdict = case.run()
+    assert verdict, verdict.reason

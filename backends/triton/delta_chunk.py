@@ -18,6 +18,7 @@ from mixers.spec import Array
 from . import decays
 from . import delta_chunk_backward as adjoint
 from . import delta_chunk_forward as forwards
+from .delta_pieces import Pieces, enough, joined
 from .kernel import (
     PROCESSORS,
     TritonKernel,
@@ -188,18 +189,24 @@ class Cut:
         return (*most, 1 if keys.shape[2] == self.problem.sizes.H else group)
 
     def chain(
-        self, config: Config, fused: bool, out: Arrays, y: Array | None, exact: bool = False
+        self,
+        config: Config,
+        fused: bool,
+        out: Arrays,
+        y: Array | None,
+        exact: bool = False,
+        keeps: bool = True,
     ) -> tuple[Array | None, Array | None]:
         """From chunk to chunk: outputs where it is fused, otherwise first states and writes of every chunk.
 
         Where y comes of the writes they stay in float32, ``exact``: of alike keys U − W S is small, and rounding U is
-        not.
+        not. What ``keeps`` no states finds the last one alone.
         """
         s, block_v = self.problem.sizes, config["block_v"]
         if not fused:
             self.spell_out(exact)
         w, u = (self.keys_in if self.decay == 2 else None, self.v) if fused else (self.w, self.u)
-        states = None if fused else self.states()
+        states = self.states() if keeps and not fused else None
         written = self.scratch(s.V, torch.float32 if exact else None) if self.delta and not fused else None
         checkpoints, last = out.get("checkpoint.state"), out.get("final.state")
         _, _, per, every, heads, group = self._lengths_of(self.k)
@@ -223,6 +230,21 @@ class Cut:
             **self.constants(block_k, block_v), DECAY=self.decay, PRECISION=self.precision, num_warps=4,
             num_stages=1,
         )  # fmt: skip
+
+
+def _by_pieces(pieces: Pieces, config: Config, x: Arrays, out: Arrays) -> None:
+    """A forward whose sequences are cut, with chains as wide as can be."""
+    problem = pieces.problem
+    wide = {**config, "block_v": _blocks(problem)[0], "fused": 1}
+    cut = Cut(problem, pieces.arrays(x), config["block_t"])
+    if not _computes_reads(problem, wide):
+        cut.prepare()
+    first = cut.x["initial.state"]
+    ends = torch.empty(first.shape, dtype=torch.float32, device=first.device)
+    cut.chain(wide, False, {"final.state": ends}, None, keeps=False)
+    firsts = pieces.carry(cut, ends, x["initial.state"], out.get("final.state"))
+    cut.x = cut.x | {"initial.state": firsts}
+    cut.chain(wide, True, {}, joined(out["y"]))
 
 
 def _chunks(tokens: int, every: int, block_t: int) -> int:
@@ -357,6 +379,19 @@ def _computes_reads(problem: Problem, config: Config) -> bool:
     return decay == 0 or (decay == 1 and problem.dtype == "bfloat16" and room)
 
 
+def _blocks(problem: Problem) -> list[int]:
+    """How many values a program of a chain may have, the most first."""
+    _, _, key_dim, value_dim = problem.widths
+    widest = min(block(value_dim), 64 if block(key_dim) <= 128 else 32)
+    if problem.dtype != "bfloat16":
+        widest = min(widest, 4096 // block(key_dim))
+    elif problem.layout("beta") is not None:
+        widest = max(widest, 32)
+    elif block(key_dim) <= 64:
+        widest = min(widest, 32)
+    return [b for b in (64, 32, 16) if b <= widest]
+
+
 class DeltaChunk(TritonKernel):
     """Chunks on tensor cores; the chain fused with the reads where heads fill the card, thin where they do not."""
 
@@ -375,26 +410,19 @@ class DeltaChunk(TritonKernel):
     def configs(self, problem: Problem) -> tuple[Config, ...]:
         """The default first: blocks of values as wide as leave a program to every multiprocessor.
 
-        What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains more. In
-        bfloat16 a fused chain with a system to solve has blocks of 32 values at least: with 16 columns Triton 3.6
-        compiles products wrongly whose result the next product takes.
+        Where no block does, ``pieces`` of a sequence run side by side, if there is no system to solve and if it is long
+        enough. What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains
+        more. In bfloat16 a fused chain with a system to solve has blocks of 32 values at least: with 16 columns Triton
+        3.6 compiles products wrongly whose result the next product takes.
         """
         _, _, key_dim, value_dim = problem.widths
         delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
-        widest = min(block(value_dim), 64 if block(key_dim) <= 128 else 32)
-        if not half:
-            widest = min(widest, 4096 // block(key_dim))
-        elif delta:
-            widest = max(widest, 32)
-        elif block(key_dim) <= 64:
-            widest = min(widest, 32)
-        sizes = [b for b in (64, 32, 16) if b <= widest]
-        least = 32 if half and delta else 16
+        sizes, least = _blocks(problem), 32 if half and delta else 16
         busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= 0.75 * PROCESSORS]
         block_v = busy[0] if busy else sizes[-1]
         fused = int(block_v >= min(32, sizes[0]))
 
-        def config(block_v: int, fused: int, fewer: int) -> Config:
+        def config(block_v: int, fused: int, fewer: int, pieces: int = 1) -> Config:
             stages = _stages(delta, decay_axes(problem), half, block(key_dim), block_v)
             return {
                 "block_t": 64 if half else 32,
@@ -402,9 +430,11 @@ class DeltaChunk(TritonKernel):
                 "fused": fused,
                 "num_warps": 4 if half else 8,
                 "num_stages": max(1, stages - fewer),
+                **({"pieces": pieces} if pieces > 1 else {}),
             }
 
-        first = config(block_v, fused, 0)
+        whole = delta or (busy and fused)
+        first = config(block_v, fused, 0, 1 if whole else enough(problem, sizes[0]))
         others = (config(b, f, fewer) for b in sizes for f in (1, 0) if b >= least or not f for fewer in (0, 1))
         return (first, *(c for c in others if c != first))
 
@@ -414,6 +444,10 @@ class DeltaChunk(TritonKernel):
         if not s.N * s.H:
             return
         blank_unused(problem, out)
+        pieces = Pieces.of(problem, config.get("pieces", 1), config["block_t"])
+        if pieces is not None:
+            _by_pieces(pieces, config, x, out)
+            return
         cut = Cut(problem, x, config["block_t"])
         if not _computes_reads(problem, config):
             cut.prepare()

@@ -236,6 +236,7 @@ def chain(
     """A block of values of one head of one sequence, chunk after chunk.
 
     Thin, it takes W as ``w`` and U as ``u``; fused, e^G∘K (K where DECAY is 1) as ``w`` and V as ``u``, and A besides.
+    Thin and without ``states`` it is asked for the last state alone.
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(V, BV)
@@ -280,7 +281,7 @@ def chain(
         place = base + here.to(tl.int64) * heads
         keys, values = rows & (c < K)[None, :], rows & (e < V)[None, :]
         held = s.to(operand)
-        if not FUSED:
+        if states is not None:
             where = ((row + i) * heads + head) * K * V
             tl.store(states + where + matrix, held, mask=inside)
         if WHOLE:
