@@ -157,7 +157,7 @@ def _run_torch(call: _Call, cast: _Cast, seeds: _Seeds, device: str) -> tuple[Na
         return tensor.requires_grad_(seeds is not None and tensor.is_floating_point())
 
     def host(tensor: Any) -> np.ndarray:
-        tensor = tensor.detach().cpu()
+        tensor = tensor.detach().cpu().contiguous()  # a first state that nothing changed is one row for all sequences
         return _host((tensor if tensor.dtype in (torch.float64, torch.int32) else tensor.float()).numpy())
 
     arrays = {name: leaf(a, d) for name, (a, d) in cast.items()}
