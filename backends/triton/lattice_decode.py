@@ -4,7 +4,7 @@
     Φ ← S ← rownorm(S) where a chunk ends
 
 A program has one head of one sequence; Φ and S stay in registers from the first token to the last. Every head reads
-the phase, so it is counted on behind them, by ``advance``.
+the phase, and the last one that is done counts it on.
 
     q, k [B,T,G,K]   v, y [B,T,H,V]   beta [B,T,H] or [B,T,H,K]   log_decay [B,T,H]   start, now [slots,H,K,V]
     phase [slots]
@@ -19,14 +19,14 @@ from mixers.spec import Array
 
 from .kernel import block, dense, place
 from .lattice_slots import DECODING, ENCODING, OBJECTIVES, adopt, directions, inverse, norms, slab, vector
-from .pool import advance, phase_of, put_window, seats, served, window
+from .pool import count_on, phase_of, put_window, seats, served, tickets, window
 
 
 @triton.jit(do_not_specialize=["beta_b", "g_b", "tokens"])
 def decode_tokens(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     first_start, fs_n, fs_h, fs_k, fs_v, first_now, fn_n, fn_h, fn_k, fn_v, first_phase, fp_n,
-    start, s_n, s_h, s_k, s_v, now, n_n, n_h, n_k, n_v, phase, p_n,
+    start, s_n, s_h, s_k, s_v, now, n_n, n_h, n_k, n_v, phase, p_n, drawn,
     slots, out_slots, fresh, first_slots, y, tokens, heads, group, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
     OBJECTIVE: tl.constexpr, READ_NORM: tl.constexpr, PER_SLOT: tl.constexpr, GATED: tl.constexpr,
@@ -81,6 +81,7 @@ def decode_tokens(
     there = real & (where_to >= 0)
     put_window(start + where_to * s_n + head * s_h, phi, i, j, s_k, s_v, there, K, V)
     put_window(now + where_to * n_n + head * n_h, s, i, j, n_k, n_v, there, K, V)
+    count_on(seen, tokens, phase, p_n, where_from, where_to, drawn, heads, CHUNK)
 
 
 def decode(problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) -> None:
@@ -101,6 +102,7 @@ def decode(problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) ->
         *place(start, 0, 1, 2, 3),
         *place(now, 0, 1, 2, 3),
         *place(phase, 0),
+        tickets(phase),
         *seats_,
         directions(problem, y.device),
         *(y, s.T, s.H, s.H // s.G, option["scale"]),
@@ -115,4 +117,3 @@ def decode(problem: Problem, config: Config, x: Arrays, pool: Pool, y: Array) ->
         GATED=problem.layout("log_decay") is not None,
         num_warps=config["chain_warps"],
     )
-    advance(s.N, s.T, option["chunk_size"], phase, x["initial.phase"], seats_)

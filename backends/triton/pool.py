@@ -3,6 +3,7 @@
 pool [slots, ...] of any strides   slots, out_slots [B], −1 for none   fresh [B]   phase [slots]
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -51,29 +52,30 @@ def phase_of(n, where_from, phase, phase_n, first_phase, first_n, fresh):
     return seen
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens"])
-def _advance(phase, phase_n, first_phase, first_n, slots, out_slots, fresh, sequences, tokens,
-             CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < sequences
-    where_from = tl.load(slots + n, mask=inside, other=-1).to(tl.int64)
-    where_to = tl.load(out_slots + n, mask=inside, other=-1).to(tl.int64)
-    seen = tl.load(phase + where_from * phase_n, mask=where_from >= 0, other=0)
-    if fresh is not None:
-        anew = tl.load(fresh + n, mask=inside, other=0) != 0
-        seen = tl.where(anew, tl.load(first_phase + n * first_n, mask=inside, other=0), seen)
+@triton.jit
+def count_on(seen, tokens, phase, phase_n, where_from, where_to, tickets, heads, CHUNK: tl.constexpr):
+    """Leave how many tokens a chunk has seen: the last of a sequence's heads does, since all of them read it.
+
+    It puts its ticket back to zero.
+    """
+    tl.debug_barrier()  # every warp has read the phase
     there = (where_from >= 0) & (where_to >= 0)
-    tl.store(phase + where_to * phase_n, (seen + tokens) % CHUNK, mask=there)
+    drawn = tl.atomic_add(tickets + where_to, 1, mask=there)
+    last = there & (drawn == heads - 1)
+    tl.store(tickets + where_to, 0, mask=last)
+    tl.store(phase + where_to * phase_n, (seen + tokens) % CHUNK, mask=last)
 
 
-def advance(
-    sequences: int, tokens: int, chunk: int, phase: Array, first_phase: Array, where: tuple[Array, Array, Array]
-) -> None:
-    """Count the tokens of a pool's chunks on: a launch of its own, for every head reads the phase."""
-    block = 128
-    _advance[(triton.cdiv(sequences, block),)](
-        *(phase, phase.stride(0), first_phase, first_phase.stride(0), *where, sequences, tokens),
-        CHUNK=chunk,
-        BLOCK=block,
-        num_warps=4,
-    )
+_tickets: dict[tuple[torch.device, int], Array] = {}
+
+
+def tickets(phase: Array) -> Array:
+    """A zero for each slot of a pool, int32, known by where its phases lie; zeros again after every launch.
+
+    They are kept, for a graph may hold a launch: who gets that memory next finds its tickets there.
+    """
+    where = phase.device, phase.data_ptr()
+    found = _tickets.get(where)
+    if found is None or len(found) < len(phase):
+        found = _tickets[where] = torch.zeros(len(phase), dtype=torch.int32, device=phase.device)
+    return found

@@ -4,7 +4,7 @@
     y = q + w∘LN(q (W − rate A) + c − rate a) + w_b      W, c ← W − τ A, c − τ a;  A, a ← 0 where a mini-batch ends
 
 A program has one head of one sequence, whose W and A stay on chip from the first token to the last. Every head reads
-the phase, so it is counted on behind them, by ``advance``.
+the phase, and the last one that is done counts it on.
 
     q, k [B,T,G,D]   v, y [B,T,H,D]   beta [B,T,H]   w, w_b [H,D]   token_scale [C]
     W, A [slots,H,D,D]   c, a [slots,H,D]   phase [slots]
@@ -18,7 +18,7 @@ from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
 from .kernel import block, dense, place
-from .pool import advance, phase_of, put_window, seats, served, window
+from .pool import count_on, phase_of, put_window, seats, served, tickets, window
 from .ttt_rows import inner_gradient, last_rate, load_affine, load_rate, load_row, standardise
 
 
@@ -39,7 +39,7 @@ def decode_tokens(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, beta, beta_b, beta_t, beta_h, gain, gain_h, shift, shift_h,
     scale, first_weight, fw_n, fw_h, fw_r, fw_d, first_sum, fs_n, fs_h, fs_r, fs_d, first_bias, fb_n, fb_h, fb_d,
     first_bias_sum, fa_n, fa_h, fa_d, first_phase, fp_n, weight, w_n, w_h, w_r, w_d, sums, s_n, s_h, s_r, s_d,
-    bias, b_n, b_h, b_d, bias_sum, a_n, a_h, a_d, phase, p_n, slots, out_slots, fresh, y, tokens, heads, group,
+    bias, b_n, b_h, b_d, bias_sum, a_n, a_h, a_d, phase, p_n, drawn, slots, out_slots, fresh, y, tokens, heads, group,
     WIDTH: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """All tokens of one sequence and head."""
@@ -95,6 +95,7 @@ def decode_tokens(
     put_window(sums + where_to * s_n + head * s_h, total, r, d, s_r, s_d, there, WIDTH, WIDTH)
     _put_row(bias + where_to * b_n + head * b_h, c, d, b_d, there, WIDTH)
     _put_row(bias_sum + where_to * a_n + head * a_h, a, d, a_d, there, WIDTH)
+    count_on(seen, tokens, phase, p_n, where_from, where_to, drawn, heads, CHUNK)
 
 
 def decode(problem: Problem, x: Arrays, pool: Pool, y: Array) -> None:
@@ -118,10 +119,10 @@ def decode(problem: Problem, x: Arrays, pool: Pool, y: Array) -> None:
         *place(bias, 0, 1, 2),
         *place(bias_sum, 0, 1, 2),
         *place(phase, 0),
+        tickets(phase),
         *(*where, y, s.T, s.H, s.H // s.G),
         WIDTH=s.K,
         D=wide,
         CHUNK=chunk,
         num_warps=4 if wide <= 64 else 8 if wide <= 128 else 16,
     )
-    advance(s.N, s.T, chunk, phase, x["initial.phase"], where)
