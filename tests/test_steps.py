@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch")
 from tensors import on_gpu  # noqa: E402
 
 import mixers  # noqa: E402
+from mixers import HAMState  # noqa: E402
+from mixers.ham import PAGE  # noqa: E402
 
 STATUS = mixers.backend_status()["cuda"]
 if not STATUS:
@@ -159,7 +161,33 @@ def test_wide_heads(name: str, options: Named, more: tuple[str, ...], sizes: Nam
     compared(name, options, more, WIDE | sizes, dtype)
 
 
+@pytest.mark.parametrize("decide", ["all", "head"])
+def test_a_cache_without_a_cap_grows_by_pages(decide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two tokens before the end of a page: the host asks once a token, and again where a row may be the last."""
+    from mixers.arrays.torch import Torch
+
+    mix, truth = (mixers.get("ham", backend=backend, decide=decide) for backend in ("cuda", "reference"))
+    before = inputs(mix, (), SMALL | {"T": PAGE - 2}, "float32")
+    held = truth(**exact(before), kept=torch.ones(ROWS, PAGE - 2, dtype=torch.bool, device=DEVICE)).state
+    state = HAMState(*(a.float() if a.is_floating_point() else a for a in flat(truth, held)))
+    x = inputs(mix, (), SMALL, "float32")
+    asked: list[Any] = []
+    largest = Torch.largest
+    for t, (keep, rows, asks) in enumerate([(1, 1, 1), (0, 1, 2), (1, 2, 3), (0, 2, 1), (1, 2, 1)]):
+        kept = torch.full((ROWS,), bool(keep), device=DEVICE)
+        wanted = truth.step(**exact(token(mix, x, t)), kept=kept, state=held)
+        asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Torch, "largest", lambda self, counts: asked.append(counts) or largest(self, counts))
+            got = mix.step(**token(mix, x, t), kept=kept, state=state)
+        state, held = got.state, wanted.state
+        assert state.keys.shape[1] == rows * PAGE and len(asked) == asks
+        for a, b in zip((got.y, *flat(mix, state)), (wanted.y, *flat(truth, held)), strict=True):
+            close(a, b, mix.spec.tolerance["float32"])
+
+
 LAUNCHES = [
+    ("ham", {}, ["delta_step", "ham_attention"], {"max", "_local_scalar_dense"}),
     ("ham", {"max_kept": 4, "window": 2}, ["delta_step", "ham_attention"], set()),
     ("memory_caching", {"segment": 4}, ["delta_step", "memory_read"], {"stack", "_to_copy"}),
     ("ttt_mlp", {"chunk_size": 4}, ["ttt_mlp_token"], set()),
@@ -170,7 +198,7 @@ LAUNCHES = [
 def test_a_step_takes_a_handful_of_launches(
     name: str, options: Named, programs: list[str], more: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And, but for what tells where a segment ends, no operation of arrays beside them that is more than a view."""
+    """And, but for what tells whether caches must grow, no operation of arrays beside them that is more than a view."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     operations: list[str] = []
