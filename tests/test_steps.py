@@ -262,6 +262,35 @@ def test_where_the_host_knows_nothing_memories_have_room(
         close(state.pooled[:, :filled], held.pooled, mix.spec.tolerance["float32"])
 
 
+@pytest.mark.parametrize("aggregate", ["gated", "sparse", "residual"])
+def test_more_memories_than_a_block_holds_take_the_other_way(aggregate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixers.memory_step.MOST_ROWS", {"float32": 2})
+    mix, truth = (
+        mixers.get("memory_caching", backend=backend, segment=2, aggregate=aggregate, top_k=1)
+        for backend in ("cuda", "reference")
+    )
+    x, state, held = inputs(mix, (), SMALL, "float32"), None, None
+    for t in range(TOKENS):
+        rows = 0 if state is None else state.kept.shape[1]
+        with launches(monkeypatch) as found:
+            got = mix.step(**token(mix, x, t), state=state)
+        wanted = truth.step(**exact(token(mix, x, t)), state=held)
+        state, held = got.state, wanted.state
+        assert ("memory_read" in found) == (rows <= 2)
+        for a, b in zip((got.y, *flat(mix, state)), (wanted.y, *flat(truth, held)), strict=True):
+            close(a, b, mix.spec.tolerance["float32"])
+    assert rows == 3
+
+
+def test_blocks_hold_the_memories_that_are_served() -> None:
+    from mixers.backends.cuda.arrays import SIZES
+    from mixers.backends.cuda.memory_step import shared_numbers
+
+    from mixers.memory_step import MOST_ROWS
+
+    assert {shared_numbers(rows) * SIZES[dtype] for dtype, rows in MOST_ROWS.items()} == {64 * 1024}
+
+
 # On a GPU.
 
 
