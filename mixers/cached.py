@@ -6,7 +6,7 @@
 
 Where the read is not linear, memories are read one after another. What mixes them before a read that is not linear
 (``soup`` over TTT) runs token by token, as the reference does, and so does a state that is traced. A single token has a
-kernel of its own behind the base's (``mixers.memory_step``) where a backend has that.
+kernel of its own behind the base's (``mixers.memory_step``) where a backend has that and memories are not too many.
 """
 
 from typing import Any
@@ -90,9 +90,9 @@ class _Run:
         library, options, backend = self.library, self.options, self.part.backend
         first = (inputs[name] for name in ("q", "k", "v"))
         others = *inputs.values(), *constants.values(), *state
-        if not self.memory.linear or not memory_step.serves(library, backend, *first, *others):
+        *_, pooled, _, tokens, segments = state
+        if not self.memory.linear or not memory_step.serves(library, backend, pooled, *first, *others):
             return None
-        *_, tokens, segments = state
         counts = library.host(self.xp.stack([tokens, segments]))
         ends = None if counts is None else counts[0] + 1 == options["segment"]
         rows = _Rows(self, inputs, constants, state)

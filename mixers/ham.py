@@ -38,7 +38,7 @@ from mixers.spec import Arg, Array, Field, MixerSpec, Option, Options, Sizes, St
 
 COSINE_FLOOR = 1e-6
 PAGE = 64
-"""A cache without a cap grows by this many rows at a time."""
+"""A cache without a cap has a whole number of pages of so many rows, of which at least one row is free."""
 
 
 class HAMState(NamedTuple):
@@ -289,39 +289,57 @@ def attend(
 # A specification for every set of options, since the state depends on them.
 
 
+def _growing(options: Options) -> tuple[str, ...]:
+    """The fields with a row for every kept token; none where a cap gives them their size from the start."""
+    names = ("keys", "values", "bias") if options["score_grad"] else ("keys", "values")
+    return () if options["max_kept"] else names
+
+
 def _reserve(options: Options) -> Any:
-    """Room for as many tokens; a cache with a cap has it from the start."""
-    if options["max_kept"]:
+    """Room for as many tokens, where caches grow."""
+    names = _growing(options)
+    if not names:
         return None
-    grown = {i for i, f in enumerate(layout_of(options).fields) if "M" in f.axes.split()}
 
     def reserve(xp: Any, state: tuple[Array, ...], tokens: int) -> tuple[Array, ...]:
-        return tuple(more_rows(xp, a, tokens) if i in grown else a for i, a in enumerate(state))
+        held = HAMState(*state)
+        return tuple(held._replace(**{name: more_rows(xp, getattr(held, name), tokens) for name in names}))
 
     return reserve
 
 
 def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:
-    """Whole pages of kept tokens, and no more, where their number can be known: however a call was cut."""
-    if call.options["max_kept"]:
+    """The pages of what is kept, where that can be known: however a call was cut."""
+    names = _growing(call.options)
+    if not names:
         return out
     for prefix, axis in (("final", 1), ("checkpoint", 2)):
         counts = out.get(f"{prefix}.count")
-        most = None if counts is None else call.library.largest(counts)
-        if most is None:
+        if counts is None:
             continue
-        room = -(-most // PAGE) * PAGE
-        for name in ("keys", "values", *(("bias",) if call.options["score_grad"] else ())):
-            out[f"{prefix}.{name}"] = _sized(call.library.namespace, out[f"{prefix}.{name}"], axis, room)
+        if call.sizes.T == 1 and out[f"{prefix}.keys"].shape[axis] == call.sizes.M:
+            continue  # the composition has seen to it (``mixers.hybrid``), and to ask may be to wait
+        most = call.library.largest(counts)
+        for name in names if most is not None else ():
+            out[f"{prefix}.{name}"] = _sized(call.library.namespace, out[f"{prefix}.{name}"], axis, most)
     return out
 
 
-def _sized(xp: Any, rows: Array, axis: int, room: int) -> Array:
-    """So many rows along an axis: the first of them, or zeros behind them."""
-    found = rows.shape[axis]
-    if found >= room:
-        return rows[(slice(None),) * axis + (slice(room),)]
-    return more_rows(xp, rows, room - found, axis)
+def paged(xp: Any, options: Options, held: HAMState, most: int) -> HAMState:
+    """A state whose cache has the pages of ``most`` kept tokens."""
+    return held._replace(**{name: _sized(xp, getattr(held, name), 1, most) for name in _growing(options)})
+
+
+def _sized(xp: Any, rows: Array, axis: int, most: int) -> Array:
+    """The pages of ``most`` kept tokens, by rows cut off or zeros put behind.
+
+    One row of them is free: a single token finds room, and a full page that waits for its next token does not come and
+    go with every one that is not kept.
+    """
+    found, room = rows.shape[axis], (most // PAGE + 1) * PAGE
+    if found < room:
+        return more_rows(xp, rows, room - found, axis)
+    return rows if found == room else rows[(slice(None),) * axis + (slice(room),)]
 
 
 def refuse(call: Any, given: Any, token: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mixers.ham import HAMState, logit_scale
 from mixers.linear import read_scale
-from mixers.primitive import Primitive, Shapes, alike, run
+from mixers.primitive import Primitive, Shapes, alike, run, served
 from mixers.spec import Array, Options
 
 TOKEN = (
@@ -78,7 +78,8 @@ def ham_step(
     library: Any, backend: str, options: Options, token: dict[str, Array], held: HAMState
 ) -> tuple[Any, tuple[Array, ...]] | None:
     """``((y, kept, score), state)`` by a backend's kernel where one serves these arrays, else None."""
-    if options["score_grad"]:
+    given = (*(token.get(name) for name in TOKEN), held.recurrence, *(getattr(held, name) for name in CACHES))
+    if options["score_grad"] or not served(library, PRIMITIVE, backend, given):
         return None
     wide = "float64" if library.dtype(token["q"]) == "float64" else "float32"
     pairs = (("attn_q", "q"), ("attn_k", "k"), ("attn_v", "v"))
@@ -88,7 +89,6 @@ def ham_step(
     x = (*(token.get(name) for name in TOKEN), held.recurrence, *caches)
     scale, how = logit_scale(options, sides[0].shape[-1]), _how(options, token["q"].shape[-1])
     found = run(library, PRIMITIVE, backend, x, (held.count, held.window_marks), scale, how)
-    if found is None:
-        return None
+    assert found is not None
     state = held._replace(**dict(zip(STATE, found[3:], strict=True)))
     return found[:3], tuple(state)

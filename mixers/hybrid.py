@@ -14,7 +14,7 @@ from typing import Any
 from mixers import ham, reference
 from mixers.algebra import device_of, inverse, read, stop, take_along
 from mixers.call import Call
-from mixers.ham import HAMState, sides, spread
+from mixers.ham import HAMState, paged, sides, spread
 from mixers.ham_step import PRIMITIVE as STEP
 from mixers.ham_step import ham_step
 from mixers.kept_rows import PRIMITIVE as KEPT
@@ -48,13 +48,15 @@ PRIMITIVES = (KEPT, PACKED, PREDICTIVE, STEP)
 
 def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
     """See the module; named as in ``mixers.problem``."""
+    alone = call.sizes.T == 1 and call.x.get("offsets") is None and call.spec.reserve is not None
 
     def whole(
         inputs: dict[str, Array], constants: dict[str, Array], state: tuple[Array, ...], passed: int
     ) -> tuple[Any, tuple[Array, ...]]:
-        return _whole(library, mixer, {**constants, **inputs}, HAMState(*state))
+        token, held = {**constants, **inputs}, HAMState(*state)
+        return _alone(library, mixer, call, token, held) if alone else _whole(library, mixer, token, held)
 
-    return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, whole)
+    return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, whole, reserves=not alone)
 
 
 def decide(mixer: Mixer, call: Call) -> Any:
@@ -136,6 +138,24 @@ def _predictions(library: Any, mixer: Mixer, token: dict[str, Array], first: Arr
         **short,
     ).y
     return xp.concat([begin, reads], axis=1)
+
+
+def _alone(
+    library: Any, mixer: Mixer, call: Call, token: dict[str, Array], held: HAMState
+) -> tuple[Any, tuple[Array, ...]]:
+    """A single token, whose cache is given rows only where it has not its pages or the last free row may be taken.
+
+    Kept tokens are counted before the token, and again only behind one that may take that row.
+    """
+    xp, most = library.namespace, library.largest(held.count)
+    if most is None:
+        assert call.spec.reserve is not None
+        return _whole(library, mixer, token, HAMState(*call.spec.reserve(xp, held, 1)))
+    held = paged(xp, mixer.options, held, most)
+    outputs, state = _whole(library, mixer, token, held)
+    after = HAMState(*state)
+    most = library.largest(after.count) if most + 1 == held.keys.shape[1] else None
+    return outputs, state if most is None else paged(xp, mixer.options, after, most)
 
 
 def _whole(library: Any, mixer: Mixer, token: dict[str, Array], held: HAMState) -> tuple[Any, tuple[Array, ...]]:

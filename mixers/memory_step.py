@@ -64,9 +64,15 @@ PRIMITIVE = Primitive(
 """``factor`` is the scale, ``how`` holds ``Rules``."""
 
 
-def serves(library: Any, backend: str, *arrays: Array) -> bool:
-    """Whether there is a kernel for q, k, v and what else goes into a token."""
-    return served(library, PRIMITIVE, backend, arrays)
+MOST_ROWS = {"float32": 8191, "float64": 4095}
+"""Rows of caches that a kernel takes, by their dtype: with a score and a weight of each in 64 KiB, which a block of
+threads has for itself from Ampere on. Where there are more, a token goes the way of longer sequences."""
+
+
+def serves(library: Any, backend: str, pooled: Array, *arrays: Array) -> bool:
+    """Whether there is a kernel for a cache of so many rows, and for q, k, v and what else goes into a token."""
+    few = pooled.shape[1] <= MOST_ROWS[library.dtype(pooled)]
+    return few and served(library, PRIMITIVE, backend, arrays)
 
 
 def memory_step(

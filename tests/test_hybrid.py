@@ -11,6 +11,8 @@ import pytest
 
 import mixers
 from mixers import HAMState
+from mixers.algebra import more_rows
+from mixers.ham import PAGE
 
 B, T, G, H, K, V = 2, 13, 2, 4, 6, 5
 ON_NUMBA = [
@@ -197,7 +199,7 @@ def test_a_threshold_that_keeps_nothing_leaves_the_recurrence_alone() -> None:
     x = inputs(mix)
     result = mix(**x)
     assert not result.kept.any()
-    assert result.state.keys.shape[1] == 0
+    assert result.state.keys.shape[1] == PAGE
     np.testing.assert_allclose(result.y, mixers.get("gated_delta_rule")(**x).y, rtol=1e-10)
     assert "attention part is zero" in str(mix.explain(**x))
 
@@ -223,6 +225,78 @@ def test_decisions_may_be_forced_and_the_cache_holds_just_them(backend: str) -> 
     np.testing.assert_array_equal(result.state.count, kept.sum(axis=1))
     for n in range(B):
         np.testing.assert_array_equal(result.state.keys[n, : kept[n].sum()], x["k"][n, kept[n]])
+
+
+STREAM = 3 * PAGE + 20
+
+
+def streamed() -> tuple[Named, np.ndarray]:
+    """A sequence, and decisions to keep all but five tokens at each of three places around the end of a page."""
+    shapes = {"q": (G, K), "k": (G, K), "v": (H, V), "beta": (H,)}
+    x = {name: normal(name, 1, STREAM, *shape) for name, shape in shapes.items()}
+    x["k"] /= np.linalg.norm(x["k"], axis=-1, keepdims=True)
+    x["beta"] = 1 / (1 + np.exp(-x["beta"]))
+    kept = np.ones((1, STREAM), bool)
+    for i, filled in enumerate((PAGE - 1, 2 * PAGE, 3 * PAGE + 1)):
+        kept[:, filled + 5 * i : filled + 5 * i + 5] = False
+    return x, kept
+
+
+@pytest.mark.parametrize("decide", ["all", "head"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_stream_grows_by_pages_of_kept_tokens(library: str, decide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are added where a page begins and at no other token; what is left is the state of the whole sequence."""
+    mix, (x, kept) = mixers.get("ham", decide=decide), streamed()
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        x, kept = {name: torch.from_numpy(a) for name, a in x.items()}, torch.from_numpy(kept)
+    whole = mix(**x, kept=kept)
+    grown: list[int] = []
+    monkeypatch.setattr("mixers.ham.more_rows", lambda xp, a, *rows: grown.append(t) or more_rows(xp, a, *rows))
+    state, counts = None, [0]
+    for t in range(STREAM):
+        state = mix.step(**{name: a[:, t] for name, a in x.items()}, kept=kept[:, t], state=state).state
+        counts.append(int(state.count.max()))
+        assert state.keys.shape[1] == state.values.shape[1] == (counts[-1] // PAGE + 1) * PAGE
+    begun = [t for t in range(STREAM) if t == 0 or counts[t] // PAGE < counts[t + 1] // PAGE]
+    assert len(begun) == 4
+    assert grown == sorted(2 * begun)  # keys and values
+    for got, wanted in zip(flat(mix, state), flat(mix, whole.state), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"score_grad": True, "window": 2}])
+def test_gradients_reach_back_through_tokens_and_pages(options: Named) -> None:
+    torch = pytest.importorskip("torch")
+    mix, (x, kept) = mixers.get("ham", **options), streamed()
+    decided = torch.from_numpy(kept)
+
+    def slopes(pieces: list[slice]) -> Any:
+        leaves, state, outputs = {n: torch.from_numpy(a).requires_grad_() for n, a in x.items()}, None, []
+        for at in pieces:
+            result = mix(**{n: a[:, at] for n, a in leaves.items()}, kept=decided[:, at], initial_state=state)
+            state = result.state
+            outputs.append(result.y)
+        return torch.autograd.grad(torch.cat(outputs, 1).square().sum(), list(leaves.values()))
+
+    tokens = [slice(t, t + 1) for t in range(STREAM)]
+    for got, wanted in zip(slopes(tokens), slopes([slice(None)]), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("rows", [0, 5, PAGE, 2 * PAGE])
+def test_a_token_finds_room_in_any_cache(rows: int) -> None:
+    """In one that is full, as a compiled call leaves it, and in one that is longer than its pages."""
+    mix, truth, (x, _) = mixers.get("ham"), mixers.get("ham", backend="reference"), streamed()
+    kept, filled = np.ones((1, STREAM), bool), PAGE if rows == PAGE else min(rows, 5)
+    before = truth(**cut(x, 0, filled), kept=kept[:, :filled]).state
+    more = max(0, rows - before.keys.shape[1])
+    room = {n: np.pad(getattr(before, n)[:, :rows], ((0, 0), (0, more), (0, 0), (0, 0))) for n in ("keys", "values")}
+    token = {n: a[:, filled] for n, a in x.items()}
+    wanted = truth.step(**token, kept=kept[:, 0], state=before)
+    got = mix.step(**token, kept=kept[:, 0], state=before._replace(**room))
+    for a, b in zip((got.y, *flat(mix, got.state)), (wanted.y, *flat(truth, wanted.state)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
 def test_the_threshold_may_be_an_array() -> None:

@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch")
 from tensors import on_gpu  # noqa: E402
 
 import mixers  # noqa: E402
+from mixers import HAMState  # noqa: E402
+from mixers.ham import PAGE  # noqa: E402
 
 STATUS = mixers.backend_status()["cuda"]
 if not STATUS:
@@ -159,7 +161,33 @@ def test_wide_heads(name: str, options: Named, more: tuple[str, ...], sizes: Nam
     compared(name, options, more, WIDE | sizes, dtype)
 
 
+@pytest.mark.parametrize("decide", ["all", "head"])
+def test_a_cache_without_a_cap_grows_by_pages(decide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two tokens before the end of a page: the host asks once a token, and again where a row may be the last."""
+    from mixers.arrays.torch import Torch
+
+    mix, truth = (mixers.get("ham", backend=backend, decide=decide) for backend in ("cuda", "reference"))
+    before = inputs(mix, (), SMALL | {"T": PAGE - 2}, "float32")
+    held = truth(**exact(before), kept=torch.ones(ROWS, PAGE - 2, dtype=torch.bool, device=DEVICE)).state
+    state = HAMState(*(a.float() if a.is_floating_point() else a for a in flat(truth, held)))
+    x = inputs(mix, (), SMALL, "float32")
+    asked: list[Any] = []
+    largest = Torch.largest
+    for t, (keep, rows, asks) in enumerate([(1, 1, 1), (0, 1, 2), (1, 2, 3), (0, 2, 1), (1, 2, 1)]):
+        kept = torch.full((ROWS,), bool(keep), device=DEVICE)
+        wanted = truth.step(**exact(token(mix, x, t)), kept=kept, state=held)
+        asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Torch, "largest", lambda self, counts: asked.append(counts) or largest(self, counts))
+            got = mix.step(**token(mix, x, t), kept=kept, state=state)
+        state, held = got.state, wanted.state
+        assert state.keys.shape[1] == rows * PAGE and len(asked) == asks
+        for a, b in zip((got.y, *flat(mix, state)), (wanted.y, *flat(truth, held)), strict=True):
+            close(a, b, mix.spec.tolerance["float32"])
+
+
 LAUNCHES = [
+    ("ham", {}, ["delta_step", "ham_attention"], {"max", "_local_scalar_dense"}),
     ("ham", {"max_kept": 4, "window": 2}, ["delta_step", "ham_attention"], set()),
     ("memory_caching", {"segment": 4}, ["delta_step", "memory_read"], {"stack", "_to_copy"}),
     ("ttt_mlp", {"chunk_size": 4}, ["ttt_mlp_token"], set()),
@@ -170,7 +198,7 @@ LAUNCHES = [
 def test_a_step_takes_a_handful_of_launches(
     name: str, options: Named, programs: list[str], more: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And, but for what tells where a segment ends, no operation of arrays beside them that is more than a view."""
+    """And, but for what tells whether caches must grow, no operation of arrays beside them that is more than a view."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     operations: list[str] = []
@@ -232,6 +260,35 @@ def test_where_the_host_knows_nothing_memories_have_room(
         filled = held.kept.shape[1]
         close(state.kept[:, :filled], held.kept, mix.spec.tolerance["float32"])
         close(state.pooled[:, :filled], held.pooled, mix.spec.tolerance["float32"])
+
+
+@pytest.mark.parametrize("aggregate", ["gated", "sparse", "residual"])
+def test_more_memories_than_a_block_holds_take_the_other_way(aggregate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixers.memory_step.MOST_ROWS", {"float32": 2})
+    mix, truth = (
+        mixers.get("memory_caching", backend=backend, segment=2, aggregate=aggregate, top_k=1)
+        for backend in ("cuda", "reference")
+    )
+    x, state, held = inputs(mix, (), SMALL, "float32"), None, None
+    for t in range(TOKENS):
+        rows = 0 if state is None else state.kept.shape[1]
+        with launches(monkeypatch) as found:
+            got = mix.step(**token(mix, x, t), state=state)
+        wanted = truth.step(**exact(token(mix, x, t)), state=held)
+        state, held = got.state, wanted.state
+        assert ("memory_read" in found) == (rows <= 2)
+        for a, b in zip((got.y, *flat(mix, state)), (wanted.y, *flat(truth, held)), strict=True):
+            close(a, b, mix.spec.tolerance["float32"])
+    assert rows == 3
+
+
+def test_blocks_hold_the_memories_that_are_served() -> None:
+    from mixers.backends.cuda.arrays import SIZES
+    from mixers.backends.cuda.memory_step import shared_numbers
+
+    from mixers.memory_step import MOST_ROWS
+
+    assert {shared_numbers(rows) * SIZES[dtype] for dtype, rows in MOST_ROWS.items()} == {64 * 1024}
 
 
 # On a GPU.

@@ -32,12 +32,6 @@ class MemoryStep(TokenKernel):
         new_kept, new_pooled = (empty((rows, more, *a.shape[2:]), real, q) for a in (kept, pooled))
         new_sum, *counters = (empty(tuple(a.shape), kind(a), q) for a in (key_sum, tokens, segments))
 
-        shared = _shared(room) * SIZES[real]
-        if shared > MOST_SHARED:
-            raise ValueError(
-                f"memory_caching: scores of {room} segments take {shared} bytes of shared memory, and a block has "
-                f"{MOST_SHARED}; take longer segments, or backend='reference'"
-            )
         columns = _columns(rows * heads, values)
         blocks = rows, heads * -(-values // (columns * WARP))
         chosen = _constants(rules, -(-width // WARP), columns, real, kind(q), kind(query) or real)
@@ -47,12 +41,8 @@ class MemoryStep(TokenKernel):
             *(n for a in (out, new_kept, new_pooled, new_sum, *counters) for n in place(a, 0)),
             width, values, heads, heads // q.shape[2], room, rules.segment,
         )  # fmt: skip
-        READ(q, chosen, blocks, WARPS * WARP, numbers, (factor,), shared)
+        READ(q, chosen, blocks, WARPS * WARP, numbers, (factor,), shared_numbers(room) * SIZES[real])
         return out, new_kept, new_pooled, new_sum, *counters
-
-
-# Bytes of shared memory of a block for scores and weights.
-MOST_SHARED = 200 * 1024
 
 
 def _columns(heads: int, values: int) -> int:
@@ -63,7 +53,7 @@ def _columns(heads: int, values: int) -> int:
     return 1
 
 
-def _shared(room: int) -> int:
+def shared_numbers(room: int) -> int:
     """Numbers of scores and weights of a block: twice a power of two, so that a row more rarely asks for more."""
     return 2 << room.bit_length()
 
