@@ -131,9 +131,10 @@ def _runs(case: Case, setting: Setting, device: str) -> bool:
 def _part(setting: Setting, spec: MixerSpec, options: Mapping[str, Any]) -> Setting:
     """How a composition calls one of its parts: a batch, with whatever arrays it has for it."""
     arrays = tuple((name, axes) for name, axes in setting.arrays if name in {a.name for a in spec.inputs})
+    segment = setting.resolved.get("segment")  # states are wanted where segments end
     return dataclasses.replace(
         setting, spec=spec, options=tuple(options.items()), arrays=arrays, packed=False, initial="none",
-        lengths=(setting.sizes().T,) * setting.sizes().B, checkpoint_every=0,
+        lengths=(setting.sizes().T,) * setting.sizes().B, checkpoint_every=segment if isinstance(segment, int) else 0,
     )  # fmt: skip
 
 
