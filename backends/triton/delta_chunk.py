@@ -232,6 +232,18 @@ class Cut:
         )  # fmt: skip
 
 
+def _whole(problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
+    """A forward from the first token to the last."""
+    cut = Cut(problem, x, config["block_t"])
+    if not _computes_reads(problem, config):
+        cut.prepare()
+    if config["fused"]:
+        cut.chain(config, True, out, out["y"])
+    else:
+        states, written = cut.chain(config, False, out, None, exact=True)
+        cut.outputs(states, written, out["y"])
+
+
 def _by_pieces(pieces: Pieces, config: Config, x: Arrays, out: Arrays) -> None:
     """A forward whose sequences are cut, with chains as wide as can be."""
     problem = pieces.problem
@@ -399,6 +411,9 @@ class DeltaChunk(TritonKernel):
     form = "chunk"
     mixers = MIXERS
 
+    def __init__(self) -> None:
+        self._met: set[tuple[Problem, tuple[tuple[str, int], ...]]] = set()
+
     def takes(self, problem: Problem) -> Support:
         """Everything."""
         return Support.yes()
@@ -444,18 +459,16 @@ class DeltaChunk(TritonKernel):
         if not s.N * s.H:
             return
         blank_unused(problem, out)
-        pieces = Pieces.of(problem, config.get("pieces", 1), config["block_t"])
-        if pieces is not None:
+        most = config.get("pieces", 1)
+        pieces = Pieces.of(problem, most, config["block_t"])
+        if most > 1 and x["q"].device.type != "meta" and (problem, tuple(config.items())) not in self._met:
+            # The first call of a kind goes the other way too, so that no length compiles anything later.
+            self._met.add((problem, tuple(config.items())))
+            _whole(problem, config, x, out) if pieces else _by_pieces(Pieces(problem, 1, s.T), config, x, out)
+        if pieces:
             _by_pieces(pieces, config, x, out)
-            return
-        cut = Cut(problem, x, config["block_t"])
-        if not _computes_reads(problem, config):
-            cut.prepare()
-        if config["fused"]:
-            cut.chain(config, True, out, out["y"])
         else:
-            states, written = cut.chain(config, False, out, None, exact=True)
-            cut.outputs(states, written, out["y"])
+            _whole(problem, config, x, out)
 
     def backward(self, problem: Problem, config: Config, x: Arrays, out: Arrays, dout: Arrays, dx: Arrays) -> None:
         """Fill the gradients."""

@@ -8,7 +8,8 @@
 
 A block of tokens of one head keeps its queries and goes through the states that its last token sees; every product of
 queries and a state is exact in the operands' dtype, weighted and added in float32. ``dC`` goes through the tokens that
-see a state. Every number is written once, by one program.
+see a state. Every number is written once, by one program. Where states hold nearly the same, the gradient of a softmax
+behind ``w`` is what is left of nearly equal ``dw``: for them states go into the product in two parts.
 """
 
 from typing import Any
@@ -91,14 +92,18 @@ def backward_tokens(
     flowing = arriving.to(tl.float32)
     tl.store(dweights + last + t, tl.sum(flowing * online, axis=1), mask=inside)
     tl.store(dy + here, (own[:, None] * flowing).to(dy.dtype.element_ty), mask=values)
-    arriving = arriving.to(kept.dtype.element_ty)
+    operand = q.dtype.element_ty
+    arriving = arriving.to(operand)
     kept += (n * states * heads + head) * K * V + c[None, :] * V + e[:, None]
     matrix = (c < K)[None, :] & (e < V)[:, None]
     acc = tl.zeros([BT, BK], tl.float32)
     for i in range(tl.max(sees)):
         across = tl.load(kept + tl.cast(i, tl.int64) * heads * K * V, mask=matrix, other=0.0)
         weight = scale * tl.load(weights + tl.cast(i, tl.int64) * tokens + t, mask=i < sees, other=0.0)
-        met = dot(arriving, across, PRECISION)
+        high = across.to(operand)
+        met = dot(arriving, high, PRECISION)
+        if operand != tl.float32:
+            met += dot(arriving, (across - high.to(tl.float32)).to(operand), PRECISION)
         tl.store(dweights + tl.cast(i, tl.int64) * tokens + t, scale * tl.sum(query * met, axis=1), mask=i < sees)
         acc += weight[:, None] * met
     base = ((n * tokens + at) * heads + head) * K
@@ -182,8 +187,9 @@ class StateReads:
         blocks = triton.cdiv(call.tokens, size["BT"])
         if d.numel():
             backward_tokens[(blocks * call.rows,)](
-                *call.arrays, call.kept, call.weights, call.seen, d, dy, dq, dweights, *call.counts, blocks, **size
-            )
+                *call.arrays, kept.float().contiguous(), call.weights, call.seen, d, dy, dq, dweights, *call.counts,
+                blocks, **size,
+            )  # fmt: skip
         size = call.sizes("states")
         grid = (triton.cdiv(call.widths["V"], size["BV"]) * call.rows * kept.shape[1],)
         if dkept.numel():
@@ -223,6 +229,6 @@ class _Call:
 
 
 # Tokens of a block, warps, stages, in bfloat16 and float16.
-_HALVES = {"forward": (128, 8, 3), "tokens": (128, 8, 2), "states": (64, 8, 3)}
+_HALVES = {"forward": (128, 8, 3), "tokens": (128, 8, 1), "states": (64, 8, 3)}
 
 PRIMITIVE = StateReads()
