@@ -445,12 +445,13 @@ class DeltaChunk(TritonKernel):
                 "fused": fused,
                 "num_warps": 4 if half else 8,
                 "num_stages": max(1, stages - fewer),
-                **({"pieces": pieces} if pieces > 1 else {}),
+                **({} if delta else {"pieces": pieces}),
             }
 
-        whole = delta or (busy and fused)
-        first = config(block_v, fused, 0, 1 if whole else enough(problem, sizes[0]))
-        others = (config(b, f, fewer) for b in sizes for f in (1, 0) if b >= least or not f for fewer in (0, 1))
+        pieces = 1 if delta else enough(problem, sizes[0])
+        first = config(block_v, fused, 0, 1 if busy and fused else pieces)
+        others = [config(sizes[-1], 0, 0, pieces)] if pieces > 1 else []
+        others += [config(b, f, fewer) for b in sizes for f in (1, 0) if b >= least or not f for fewer in (0, 1)]
         return (first, *(c for c in others if c != first))
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
