@@ -4,6 +4,7 @@ The mathematics is in ``delta_chunk_forward`` and ``delta_chunk_backward``, that
 number of tokens that a chunk has, ``block_t``, is this kernel's business: these mixers are exact in chunks.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,11 +267,29 @@ def _chunks(tokens: int, every: int, block_t: int) -> int:
     return -(-tokens // block_t)
 
 
+def _as_compiled(problem: Problem, x: Arrays) -> tuple[Problem, Arrays]:
+    """The delta rule as a gated one without decay where heads are wider than 128, in bfloat16.
+
+    There a forward without decays ended in an illegal access on an H200 under Triton 3.6 (docs/gpu.md); those with
+    decays ran.
+    """
+    delta = problem.layout("beta") is not None and decay_axes(problem) == 0
+    if not delta or problem.dtype != "bfloat16" or block(problem.widths[2]) <= 128:
+        return problem, x
+    s, layouts = problem.sizes, (*problem.layouts, ("log_decay", "B T H"))
+    zero = torch.zeros((), dtype=torch.float32, device=x["q"].device).expand(s.B, s.T, s.H)
+    return dataclasses.replace(problem, layouts=layouts), x | {"log_decay": zero}
+
+
 def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arrays) -> None:
     """Fill the gradients of a call, whichever form ran its forward."""
     s = problem.sizes
     if not s.N * s.H:
         return
+    problem, x = _as_compiled(problem, x)
+    decay = x.get("log_decay")
+    if decay is not None and "log_decay" not in dx:  # nobody asked for it, and it has to go somewhere
+        dx = dx | {"log_decay": torch.empty(decay.shape, dtype=torch.float32, device=decay.device)}
     cut = Cut(problem, x, config["block_t"])
     cut.prepare()
     states, written = cut.chain(config, False, {}, None)
@@ -449,7 +468,9 @@ class DeltaChunk(TritonKernel):
             }
 
         pieces = 1 if delta else enough(problem, sizes[0])
-        first = config(block_v, fused, 0, 1 if busy and fused else pieces)
+        # With decays a channel, which are folded beforehand, narrow blocks cost little.
+        narrow = block_v < sizes[0] and decay_axes(problem) < 2
+        first = config(block_v, fused, 0, pieces if narrow or not (busy and fused) else 1)
         others = [config(sizes[-1], 0, 0, pieces)] if pieces > 1 else []
         others += [config(b, f, fewer) for b in sizes for f in (1, 0) if b >= least or not f for fewer in (0, 1)]
         return (first, *(c for c in others if c != first))
@@ -460,6 +481,7 @@ class DeltaChunk(TritonKernel):
         if not s.N * s.H:
             return
         blank_unused(problem, out)
+        problem, x = _as_compiled(problem, x)
         most = config.get("pieces", 1)
         pieces = Pieces.of(problem, most, config["block_t"])
         if most > 1 and x["q"].device.type != "meta" and (problem, tuple(config.items())) not in self._met:
