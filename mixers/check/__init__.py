@@ -120,11 +120,23 @@ def _runs(case: Case, setting: Setting, device: str) -> bool:
     """Whether a kernel runs a call of a setting; of what is composed, whether each of its parts has one that does."""
     if case.kernel or case.backend == "reference":
         return bool(supported(setting, case.kernel, case.dtype, case.library, device))
-    every = installed()[case.backend].kernels()
+    every, parts = installed()[case.backend].kernels(), setting.spec.parts(setting.resolved)
+    if not parts:
+        return _reaches(case.backend, case.dtype, case.library, device)
     return all(
         any(spec.name in k.mixers and supported(part, k, case.dtype, case.library, device) for k in every)
-        for spec, options in setting.spec.parts(setting.resolved)
+        for spec, options in parts
         for part in [_part(setting, spec, options)]
+    )
+
+
+@functools.cache
+def _reaches(backend: str, dtype: str, library: str, device: str) -> bool:
+    """Whether any kernel of a backend runs on such arrays there: what has no parts stands on primitives of its own."""
+    return any(
+        supported(settings(get_spec(name))[0], kernel, dtype, library, device)
+        for kernel in installed()[backend].kernels()
+        for name in sorted(kernel.mixers)
     )
 
 
