@@ -221,6 +221,7 @@ def agree(name, x, **given):
 
 option = {}
 agree("delta_rule", inputs("delta_rule"))
+agree("ssd", inputs("ssd", batch=1, tokens=259))  # in two pieces
 option = {"chunk_size": 2}
 agree("lattice", inputs("lattice", batch=1, tokens=7), cu_seqlens=np.asarray([0, 4, 4, 7]))
 
