@@ -126,7 +126,7 @@ HALF = ("q", "k", "v", "attn_q", "attn_k", "attn_v", "keys", "values", "window_k
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GIVEN)
 def test_ptx_of_primitives(name: str, dtype: str, generation: str, compiled: dict[Any, str]) -> None:
-    """A token by the kernels that compositions call."""
+    """A token by the kernels that compositions call: in every way in bfloat16, for time in one way in other dtypes."""
     from importlib import import_module
 
     primitive, kernel = import_module(f"mixers.{name}").PRIMITIVE, home.backend.primitives()[name]
@@ -140,8 +140,10 @@ def test_ptx_of_primitives(name: str, dtype: str, generation: str, compiled: dic
         kind = "int32" if counter else "bool" if argument == "kept" else wide
         return torch.zeros([sizes[axis] for axis in axes[argument]], dtype=getattr(torch, kind))
 
-    for how in settings:
-        for axes in (least | more,) if how.startswith(("given", "gated", "sparse")) else (least, least | more):
+    whole = dtype == "bfloat16"
+    for how in settings if whole else settings[:1]:
+        bare = whole and not how.startswith(("given", "gated", "sparse"))
+        for axes in (least, least | more) if bare else (least | more,):
             x, fixed = ([array(n, axes) for n in names] for names in (primitive.takes, primitive.fixed))
             kernel.forward(tuple(x), tuple(fixed), 1.0, how)
     check(compiled, dtype, generation)
