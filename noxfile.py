@@ -43,9 +43,13 @@ WITHOUT_TORCH = tuple(
         *("test_numba_cache", "test_packaging", "test_threads"),
     )
 )
-CHOSEN_IN_XLA = "test_jax or test_nnx or imports or float32 and not jax/steps and not jax/composed"
+CHOSEN_IN_XLA = (
+    "test_jax or test_nnx or imports or jax_runs or takes_jax or other_arrays "
+    "or float32 and not jax/steps and not jax/composed"
+)
 IN_XLA = (
     *(LAWS[0], "tests/conformance/test_imports.py", "tests/test_jax.py", "tests/test_nnx.py", "--backend", "jax"),
+    *("tests/test_hybrid.py", "tests/test_cli.py", "tests/autotune/test_tuner.py"),  # for what needs JAX there
     *("--share", "1500", "--most", "20000", "-k", CHOSEN_IN_XLA),
 )
 SIMULATORS = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"NUMBA_ENABLE_CUDASIM": "1"}}

@@ -83,9 +83,9 @@ def test_peer_equals_the_specification(case: Case, peer: peers.Peer) -> None:
     try:
         result = peer.build(case, arrays)()
     except RuntimeError as error:
-        if peer.name != "fla":
+        if peer.name != "fla" or "produces incorrect results" not in str(error):
             raise
-        pytest.skip(f"fla refuses: {error}")  # as it does its gated backward under some versions of Triton
+        pytest.skip(f"fla refuses: {error}")  # its gated backward, under some versions of Triton
     y, grads = truth(case, arrays)
     tolerance = 2e-4 if case.dtype == "float32" else 3e-2
     _assert_close(result[0], y, tolerance, "y")

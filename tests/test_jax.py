@@ -117,8 +117,9 @@ KERNELS = [
 @pytest.mark.parametrize(("backend", "name"), KERNELS)
 def test_kernels_under_transformations(backend: str, name: str) -> None:
     """``jit``, ``grad``, ``vmap``, ``checkpoint``, ``eval_shape``; other numbers of the same shape trace nothing."""
-    if not mixers.backend_status()[backend]:
-        pytest.skip(f"{backend} is not installed")
+    status = mixers.backend_status()[backend]
+    if not status:
+        pytest.skip(status.reason)
     mix, reference, x = mixers.get(name, backend=backend), mixers.get(name, backend="reference"), inputs(name)
     traces = []
 

@@ -19,13 +19,13 @@ torch = pytest.importorskip("torch")
 
 from mixers.arrays.torch import library as on_torch  # noqa: E402
 
-TRITON = bool(mixers.backend_status().get("triton"))
+TRITON = mixers.backend_status()["triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = [
     pytest.param(
         dtype,
         marks=[
-            pytest.mark.skipif(not TRITON, reason="needs Triton"),
+            pytest.mark.skipif(not TRITON, reason=TRITON.reason),
             *([pytest.mark.gpu] if DEVICE == "cuda" else []),
             *([pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")] if dtype == "bfloat16" else []),
         ],

@@ -19,9 +19,8 @@ from mixers.spec import Array
 from . import decays
 from . import delta_chunk_backward as adjoint
 from . import delta_chunk_forward as forwards
-from .delta_pieces import Pieces, enough, joined
+from .delta_pieces import ENOUGH, Pieces, enough, in_one_row
 from .kernel import (
-    PROCESSORS,
     TritonKernel,
     at_most,
     blank_unused,
@@ -257,7 +256,7 @@ def _by_pieces(pieces: Pieces, config: Config, x: Arrays, out: Arrays) -> None:
     cut.chain(wide, False, {"final.state": ends}, None, keeps=False)
     firsts = pieces.carry(cut, ends, x["initial.state"], out.get("final.state"))
     cut.x = cut.x | {"initial.state": firsts}
-    cut.chain(wide, True, {}, joined(out["y"]))
+    cut.chain(wide, True, {}, in_one_row(out["y"]))
 
 
 def _chunks(tokens: int, every: int, block_t: int) -> int:
@@ -452,7 +451,7 @@ class DeltaChunk(TritonKernel):
         _, _, key_dim, value_dim = problem.widths
         delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
         sizes, least = _blocks(problem), 32 if half and delta else 16
-        busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= 0.75 * PROCESSORS]
+        busy = [b for b in sizes if problem.parallel * -(-value_dim // b) >= ENOUGH]
         block_v = busy[0] if busy else sizes[-1]
         fused = int(block_v >= min(32, sizes[0]))
 
@@ -484,10 +483,14 @@ class DeltaChunk(TritonKernel):
         problem, x = _as_compiled(problem, x)
         most = config.get("pieces", 1)
         pieces = Pieces.of(problem, most, config["block_t"])
-        if most > 1 and x["q"].device.type != "meta" and (problem, tuple(config.items())) not in self._met:
-            # The first call of a kind goes the other way too, so that no length compiles anything later.
-            self._met.add((problem, tuple(config.items())))
-            _whole(problem, config, x, out) if pieces else _by_pieces(Pieces(problem, 1, s.T), config, x, out)
+        kind = problem, tuple(config.items())
+        if most > 1 and x["q"].device.type != "meta" and kind not in self._met:
+            # The first call of a kind goes the other way before its own, so that no length compiles anything later.
+            self._met.add(kind)
+            if pieces:
+                _whole(problem, config, x, out)
+            else:
+                _by_pieces(Pieces(problem, 1, s.T), config, x, out)
         if pieces:
             _by_pieces(pieces, config, x, out)
         else:

@@ -28,6 +28,9 @@ from .kernel import PROCESSORS, block, place
 # Shorter pieces are not worth their two passes; of more than these a head alone would spend its time in ``carry``.
 SHORTEST, MOST = 256, 32
 
+# As many programs as leave few multiprocessors without work.
+ENOUGH = 3 * PROCESSORS // 4
+
 # How many chunks ``carry`` multiplies the decays of at a time, and how many channels a program of it has.
 TOGETHER, CHANNELS = tl.constexpr(32), 16
 
@@ -84,7 +87,7 @@ def enough(problem: Problem, block_v: int) -> int:
     if problem.packed or problem.flags.checkpoint_every or problem.flags.batch_invariant:
         return 1
     programs = problem.parallel * -(-problem.widths[3] // block_v)
-    return min(MOST, triton.next_power_of_2(-(-3 * PROCESSORS // 4 // max(programs, 1))))
+    return min(MOST, triton.next_power_of_2(triton.cdiv(ENOUGH, max(programs, 1))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Pieces:
     def arrays(self, x: Arrays) -> Arrays:
         """The inputs of the pack, whose states are zero."""
         s, timed = self.whole.sizes, {arg.name for arg in self.whole.spec.inputs}
-        row = {n: joined(a) if n in timed and a is not None else a for n, a in x.items()}
+        row = {n: in_one_row(a) if n in timed and a is not None else a for n, a in x.items()}
         ends = s.N * self.count + 1
         offsets = torch.empty(ends, dtype=torch.int64, device=x["q"].device)
         cuts[(triton.cdiv(ends, 32),)](offsets, s.T, self.count, self.length, ends, BLOCK=32, num_warps=1)
@@ -137,6 +140,6 @@ class Pieces:
         return firsts
 
 
-def joined(array: Array) -> Array:
+def in_one_row(array: Array) -> Array:
     """A batch as one row, copied only where its sequences do not follow each other."""
     return array.reshape(1, array.shape[0] * array.shape[1], *array.shape[2:])

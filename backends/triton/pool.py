@@ -66,16 +66,19 @@ def count_on(seen, tokens, phase, phase_n, where_from, where_to, tickets, heads,
     tl.store(phase + where_to * phase_n, (seen + tokens) % CHUNK, mask=last)
 
 
-_tickets: dict[tuple[torch.device, int], Array] = {}
+_tickets: dict[tuple[torch.device, int, int], Array] = {}
 
 
 def tickets(phase: Array) -> Array:
     """A zero for each slot of a pool, int32, known by where its phases lie; zeros again after every launch.
 
-    They are kept, for a graph may hold a launch: who gets that memory next finds its tickets there.
+    They are kept, for a graph may hold a launch: who gets that memory next finds its tickets there. Those that are made
+    while a graph is captured are the graph's, which writes the zeros before each of its launches, and nobody else's.
     """
-    where = phase.device, phase.data_ptr()
+    where = phase.device, phase.data_ptr(), len(phase)
     found = _tickets.get(where)
-    if found is None or len(found) < len(phase):
-        found = _tickets[where] = torch.zeros(len(phase), dtype=torch.int32, device=phase.device)
+    if found is None:
+        found = torch.zeros(len(phase), dtype=torch.int32, device=phase.device)
+        if not (phase.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _tickets[where] = found
     return found
