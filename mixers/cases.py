@@ -2,7 +2,8 @@
 
 A ``Setting`` is one way to call a mixer: its options, which arrays are passed and with which axes, sizes, how sequences
 lie, how they start, and where gradients come from. ``settings`` covers every pair of choices at least once,
-``hard_settings`` every pair of an option and an input that breaks careless kernels. ``draw`` makes the arrays.
+``hard_settings`` every pair of an option and an input that breaks careless kernels, ``wide_settings`` the widest heads.
+``draw`` makes the arrays.
 """
 
 import dataclasses
@@ -105,6 +106,7 @@ class Setting:
 
 # Sizes below 16, above 128, no power of two, K and V apart; a tile wide, and one more.
 WIDTHS = ((7, 5), (1, 3), (16, 33), (36, 132), (131, 6))
+WIDEST = ((256, 256), (160, 224), (256, 40))
 LENGTHS = ((9, 9, 9), (1,), (37, 37), (131,), (0, 0))
 PACKS = ((5, 0, 1, 23, 0), (0, 17, 2, 40))
 HEADS = ((1, 1), (2, 2), (1, 3), (2, 4))
@@ -140,6 +142,18 @@ def hard_settings(spec: MixerSpec) -> tuple[Setting, ...]:
         if concerned and not (hard.ties and setting.spec.picks(setting.resolved)):
             found.append(setting)
     return tuple(found)
+
+
+def wide_settings(spec: MixerSpec) -> tuple[Setting, ...]:
+    """Heads up to the widest that kernels promise: what has to be passed, exact and in chunks."""
+    chunks = next((o.trials for o in spec.options if o.name == "chunk_size"), ())[-1:]
+    models = [(), *((("chunk_size", c),) for c in chunks)]
+    widths = dict.fromkeys(_widths(spec, pair) for pair in WIDEST)
+    sizes = {"lengths": (70,), "initial": "given", "hard": ""}
+    return tuple(
+        dataclasses.replace(long_setting(spec, {}), options=options, key_dim=k, value_dim=v, seed=seed, **sizes)
+        for seed, (options, (k, v)) in enumerate(itertools.product(models, widths))
+    )
 
 
 def long_setting(spec: MixerSpec, options: Mapping[str, Any], tokens: int = 16384) -> Setting:

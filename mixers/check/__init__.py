@@ -16,7 +16,7 @@ from mixers.arrays import library_of
 from mixers.arrays.evaluate import dtypes
 from mixers.backend import Kernel, Support, installed
 from mixers.call import Call
-from mixers.cases import Setting, hard_settings, settings
+from mixers.cases import Setting, hard_settings, settings, wide_settings
 from mixers.mixer import get
 from mixers.problem import Flags
 from mixers.registry import get_spec, names
@@ -169,6 +169,9 @@ def _settings_of(law: str, spec: MixerSpec) -> tuple[Setting, ...]:
         return every
     if law == "hard":
         return hard_settings(spec)
+    if law == "wide":
+        alone = spec.compose is None and spec.specialise is None  # what is composed is as wide as its parts
+        return wide_settings(spec) if alone else ()
     if law == "packs":
         return tuple(s for s in every if s.packed)[::2]
     if law == "steps":

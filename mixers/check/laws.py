@@ -1,6 +1,7 @@
 """The laws that every kernel keeps, and a case of one: a kernel, a setting, a dtype and an array library.
 
-truth, hard   law 1: the float64 reference, forward and every gradient, on plain and on hard inputs
+truth         law 1: the float64 reference, forward and every gradient
+hard, wide    the same on inputs that break careless kernels, and with the widest heads
 cuts, steps   law 2: cut anywhere or taken token by token, a sequence is the same
 packs         law 3: sequences in one row are what they are alone
 strides       law 3: so are arrays of any layout
@@ -276,4 +277,5 @@ LAWS: Mapping[str, Callable[[Case], Verdict]] = {
     "packs": packs,
     "strides": strides,
     "hard": equals_truth,
+    "wide": equals_truth,
 }
