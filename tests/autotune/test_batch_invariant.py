@@ -46,7 +46,7 @@ class Run:
         if self.library == "numpy":
             return array
         if self.library == "jax":
-            return pytest.importorskip("jax").numpy.asarray(array)
+            return pytest.importorskip("jax").numpy.asarray(array, dtype)
         torch = pytest.importorskip("torch")
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, getattr(torch, dtype))
 
@@ -65,8 +65,8 @@ class Run:
             import jax
 
             y, back = jax.vjp(lambda x: mix(**x, **rest).y, given)
-            found = back(dy)[0]
-            return {"y": np.asarray(y)} | {name: np.asarray(found[name]) for name in timed}
+            found = {"y": y} | back(dy)[0]
+            return {name: np.asarray(found[name], np.float32) for name in ("y", *timed)}
         import torch
 
         given = {n: a.requires_grad_() for n, a in given.items()}
@@ -101,14 +101,14 @@ def runs() -> Iterator[Any]:
                 chunked = any(option.name == "chunk_size" for option in mixers.get_spec(name).options)
                 size = 1 if kernel.form == "recurrent" and name == "lattice" else 16
                 options = (("chunk_size", size),) if chunked else ()
+                library = "jax" if kernel.arrays == "jax" else "numpy" if backend == "numba" else "torch"
                 if backend == "numba":
-                    library = "jax" if kernel.arrays == "jax" else "numpy"
                     yield Run(backend, library, "cpu", name, kernel.name, options)
                 elif card == "cuda":
                     for dtype in ("float32", "bfloat16"):
-                        run = Run(backend, "torch", card, name, kernel.name, options, 150, 64, 60, dtype)
+                        run = Run(backend, library, card, name, kernel.name, options, 150, 64, 60, dtype)
                         yield pytest.param(run, marks=pytest.mark.gpu)
-                else:  # a simulator: little of everything
+                elif library == "torch":  # a simulator: little of everything
                     tokens = 5 if kernel.form == "recurrent" else 34 if kernel.name == "delta.chunk" else 18
                     yield Run(backend, "torch", card, name, kernel.name, options, tokens, 16, 1)
 
