@@ -146,8 +146,8 @@ def hard_settings(spec: MixerSpec) -> tuple[Setting, ...]:
 
 def wide_settings(spec: MixerSpec) -> tuple[Setting, ...]:
     """Heads up to the widest that kernels promise: what has to be passed, exact and in chunks."""
-    chunks = next((o.trials for o in spec.options if o.name == "chunk_size"), ())[-1:]
-    models = [(), *((("chunk_size", c),) for c in chunks)]
+    chunks = next((o.trials for o in spec.options if o.name == "chunk_size"), ())
+    models = [(("chunk_size", c),) for c in (*chunks[:1], *chunks[-1:])] or [()]
     widths = dict.fromkeys(_widths(spec, pair) for pair in WIDEST)
     sizes = {"lengths": (70,), "initial": "given", "hard": ""}
     return tuple(

@@ -305,7 +305,9 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     dlast, dmarks = dout.get("final.state"), dout.get("checkpoint.state")
     dfirst = dx.get("initial.state")
     dmarks = None if dmarks is None else dmarks.contiguous()
-    block_v = config["block_v"]
+    block_v, stages = config["block_v"], config["num_stages"]
+    if block(s.K) > 128:  # what it holds of a chunk is more than what the forward's chain does
+        stages = min(stages, 1 if cut.delta else 2)
     _, _, per, every, heads, group = cut._lengths_of(cut.k)
     adjoint.chain_back[(s.N * s.H * triton.cdiv(s.V, block_v),)](
         *place(cut.q, 0, 1, 2), *place(cut.k, 0, 1, 2), *place(dy, 0, 1, 2), cut.w, cut.p, cut.inward, cut.outward,
@@ -313,7 +315,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
         s.T, per, every, heads, group, cut.scale,
         **cut.constants(0, block_v), DELTA=cut.delta, DECAY=cut.decay, ARRIVES=dlast is not None,
         MARKED=dmarks is not None, STORE=dfirst is not None, PRECISION=cut.precision,
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        num_warps=config["num_warps"], num_stages=stages,
     )  # fmt: skip
     _side_by_side(cut, written, states, dstates, dwritten, dy, dx)
 
@@ -393,7 +395,7 @@ def _stages(delta: bool, decay: int, half: bool, channels: int, block_v: int) ->
     Of two, the second is asked for at the end of the first's products, and waited for.
     """
     if not half or channels > 128:
-        return 1
+        return 3 if half and not delta and not decay else 1
     if delta and decay == 2 and channels > 64 and block_v > 32:
         return 2
     return 4 if not delta and (not decay or channels > 64) else 3
@@ -448,8 +450,9 @@ class DeltaChunk(TritonKernel):
 
         Where no block does, ``pieces`` of a sequence run side by side, if there is no system to solve and if it is long
         enough. What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains
-        more. In bfloat16 a fused chain with a system to solve has blocks of 32 values at least: with 16 columns Triton
-        3.6 compiles products wrongly whose result the next product takes.
+        more. Heads wider than 128 have blocks of 64 values too, by 8 warps: faster where there is a decay and nothing
+        to solve. In bfloat16 a fused chain with a system to solve has blocks of 32 values at least: with 16 columns
+        Triton 3.6 compiles products wrongly whose result the next product takes.
         """
         _, _, key_dim, value_dim = problem.widths
         delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
@@ -474,8 +477,14 @@ class DeltaChunk(TritonKernel):
         narrow = block_v < sizes[0] and decay_axes(problem) < 2
         first = config(block_v, fused, 0, pieces if narrow or not (busy and fused) else 1)
         others = [config(sizes[-1], 0, 0, pieces)] if pieces > 1 else []
+        if half and block(key_dim) > 128 and value_dim > 32:
+            eight = config(64, 1, 0) | {"num_warps": 8, "num_stages": 1 if delta and decay_axes(problem) == 2 else 2}
+            wide = problem.parallel * -(-value_dim // 64) >= ENOUGH
+            if wide and decay_axes(problem) and not delta:
+                first, eight = eight, first
+            others.append(eight)
         others += [config(b, f, fewer) for b in sizes for f in (1, 0) if b >= least or not f for fewer in (0, 1)]
-        return (first, *(c for c in others if c != first))
+        return tuple({tuple(c.items()): c for c in (first, *others)}.values())
 
     def forward(self, problem: Problem, config: Config, x: Arrays, out: Arrays) -> None:
         """Fill ``y`` and states."""

@@ -22,6 +22,7 @@ from mixers.spec import Array
 from .kernel import block, dense, place, runs_here
 from .ttt_rows import (
     NORM_EPS,
+    SHORTEST,
     add_dot,
     centre_columns,
     column_gradient,
@@ -224,8 +225,9 @@ class Call:
         (self.rows, self.tokens, self.heads, self.width), self.group = self.v.shape, self.v.shape[2] // self.q.shape[2]
         self.programs = (self.rows * self.heads,)
         wide = max(32, block(self.width))
-        # The gradient of the rates is what is left of sums that cancel, by the same weights forward and backward.
-        half = "bf16" if self.scale is None else "parts"
+        # The gradient of the rates is what is left of sums that cancel, by the same weights forward and backward; in
+        # short mini-batches so is that of beta, of more of them.
+        half = "bf16" if self.scale is None else "tf32x3" if chunk < SHORTEST else "parts"
         precision = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: half}[self.v.dtype]
         self.constants = {
             "WIDTH": self.width,

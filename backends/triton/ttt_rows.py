@@ -422,10 +422,13 @@ class Layout:
         operand = torch.bfloat16 if multiply == "bf16" else torch.float32
         # Tiles of true float32 products, which no tensor core computes, must be small.
         wide, exact = operand == torch.float32, multiply == "ieee"
+        # Where 8 warps add slices of 32 rows to a matrix in memory that its block does not fill, Triton 3.6 stores the
+        # first one alone.
+        gaps = multiply == "parts" and 128 < s.K < block(s.K)
         constants = {
             "WIDTH": s.K,
             "D": block(s.K),
-            "SLICE": 32 if wide or s.K > 128 else block(s.K),
+            "SLICE": 64 if gaps else 32 if wide or s.K > 128 else block(s.K),
             "ROWS": rows,
             "CHUNK": chunk,
             "CARRY": carry,
