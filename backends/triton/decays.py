@@ -16,8 +16,9 @@ zeros and ones; of whole tiles their totals are added up.
              P = scale · (q, k) pairs, N = (k, k) pairs below the diagonal tiles and in them
     unfold   its adjoint; there tokens of two tiles count from the border before the later one
 
-fold has all tiles of a chunk at work side by side. As products of the whole chunk, levels within tiles would be four
-times as much work for tensor cores, and so would their masks be, which already take as many instructions.
+fold has all tiles of a chunk at work side by side. Levels of a tile are products of 16 tokens, of which the half is of
+use; as products of the whole chunk, of which a sixteenth is, they would be three times as much for tensor cores, and
+masks as large as a chunk would cost more than the products.
 """
 
 import triton
@@ -57,7 +58,7 @@ def tile_sums(which, g, PRECISION: tl.constexpr):
 
 @triton.jit
 def decay_over(which, total, PARTS: tl.constexpr):
-    """``e^sum`` over those tiles that a row of ``which [tiles, tiles, 1]`` names, from totals of all."""
+    """``e^sum`` over those tiles that a row of ``which [tiles, tiles, 1]`` names, from totals of all: for all tokens."""
     found = exp(tl.sum(tl.where(which, total[None, :, :], 0.0), axis=1))
     return tl.reshape(found, [total.shape[0] * PARTS, 1, total.shape[1] // PARTS])
 
@@ -82,8 +83,6 @@ def of_second(second, key, behind, DELTA: tl.constexpr):
 def side_by_side(x, TILES: tl.constexpr, PARTS: tl.constexpr):
     """Tokens by channels, from parts of tiles."""
     W: tl.constexpr = x.shape[2]
-    if PARTS == 1:
-        return tl.reshape(x, [TILES * 16, W])
     return tl.reshape(tl.permute(tl.reshape(x, [TILES, PARTS, 16, W]), 0, 2, 1, 3), [TILES * 16, PARTS * W])
 
 
