@@ -31,12 +31,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def sums_across(g, which, PRECISION: tl.constexpr):
-    """``g which``, of g in float16 as it is."""
+    """``g which``."""
     if PRECISION == "ieee":
         return dot(g, which.to(tl.float32), PRECISION)
     ones, high = which.to(tl.float16), g.to(tl.float16)
-    if g.dtype == tl.float16:
-        return dot(high, ones, PRECISION)
     low = (g - high.to(tl.float32)).to(tl.float16)
     return dot(high, ones, PRECISION) + dot(low, ones, PRECISION)
 
@@ -57,9 +55,9 @@ def tile_sums(which, g, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def decay_over(which, total, PARTS: tl.constexpr):
-    """``e^sum`` over those tiles that a row of ``which [tiles, tiles, 1]`` names, from totals of all: for all tokens."""
-    found = exp(tl.sum(tl.where(which, total[None, :, :], 0.0), axis=1))
+def total_over(which, total, PARTS: tl.constexpr):
+    """Sums over those tiles that a row of ``which [tiles, tiles, 1]`` names, from totals of all: one for all tokens."""
+    found = tl.sum(tl.where(which, total[None, :, :], 0.0), axis=1)
     return tl.reshape(found, [total.shape[0] * PARTS, 1, total.shape[1] // PARTS])
 
 
@@ -114,12 +112,9 @@ def get(x, step, t, c, count, K: tl.constexpr):
 
 
 @triton.jit
-def logs(g, g_t, t, c, count, K: tl.constexpr, PRECISION: tl.constexpr):
-    """Decays; those of 16 bits in float16, which holds all that bfloat16 does of them and which products take whole."""
-    log = tl.maximum(get(g, g_t, t, c, count, K).to(tl.float32), LEAST)
-    if g.dtype.element_ty.primitive_bitwidth == 16 and PRECISION != "ieee":
-        log = log.to(tl.float16)
-    return log
+def logs(g, g_t, t, c, count, K: tl.constexpr):
+    """Decays, as powers of two."""
+    return tl.maximum(get(g, g_t, t, c, count, K).to(tl.float32), LEAST) * LOG2E
 
 
 @triton.jit
@@ -160,11 +155,13 @@ def fold(
     operand = k.dtype.element_ty
     wide, narrow = heads * K, heads * BT
     query, key = get(q, q_t, own, c, count, K), get(k, k_t, own, c, count, K)
-    log = logs(g, g_t, own, c, count, K, PRECISION)
+    log = tl.maximum(get(g, g_t, own, c, count, K).to(tl.float32), LEAST)
     tile, other = tl.arange(0, TILES)[:, None, None], tl.arange(0, TILES)[None, :, None]
-    total = tl.reshape(tl.sum(log.to(tl.float32), axis=1), [TILES, BK])
+    total = tl.reshape(tl.sum(log, axis=1), [TILES, BK])
     channel = tl.arange(0, BK)
     tl.store(fade + (row * heads + head) * K + channel, exp(tl.sum(total, axis=0)), mask=channel < K)
+    if g.dtype.element_ty.primitive_bitwidth == 16 and PRECISION != "ieee":
+        log = log.to(tl.float16)  # which holds all that bfloat16 does of a decay
 
     # Pairs within tiles.
     reads = tl.where(i == j, dot(query, tl.permute(key, 0, 2, 1), PRECISION), 0.0)
@@ -184,15 +181,15 @@ def fold(
     # What meets the state, and pairs of two tiles: of neighbours, and of the two halves of a chunk of 64, whose outer
     # tiles have another between them and the border.
     behind = key * exp(tile_sums(j > i, log, PRECISION))
-    put(keys_out, wide, own, c, behind * decay_over(other > tile, total, PARTS), count, K)
+    put(keys_out, wide, own, c, behind * exp(total_over(other > tile, total, PARTS)), count, K)
     into = exp(tile_sums(j <= i, log, PRECISION))
-    before = decay_over(other < tile, total, PARTS)
+    before = exp(total_over(other < tile, total, PARTS))
     key *= into
     if DELTA:
         put(keys_in, wide, own, c, key * before, count, K)
     near_key = side_by_side(of_second(own // 16 % 2, key, behind, DELTA).to(operand), TILES, PARTS)
     if TILES == 4:
-        passed = decay_over(to_border(tile, other, 1) & (tile != other), total, PARTS)
+        passed = exp(total_over(to_border(tile, other, 1) & (tile != other), total, PARTS))
         far_key = of_second(own // 32, key, behind, DELTA) * passed
         far_key = side_by_side(far_key.to(operand), TILES, PARTS)
     query *= into
@@ -263,7 +260,7 @@ def unfold(
         a = tiles - 1 - step
         own = a * 16 + j
         query, key = get(q, q_t, own, c, count, K).to(tl.float32), get(k, k_t, own, c, count, K).to(tl.float32)
-        log = logs(g, g_t, own, c, count, K, PRECISION)
+        log = logs(g, g_t, own, c, count, K)
         # As they lie, and with axes swapped.
         reads = get(dp, narrow, a * 16 + i, a * 16 + j, count, BT)
         reads_t = get(dp, narrow, a * 16 + j, a * 16 + i, count, BT)
@@ -274,7 +271,7 @@ def unfold(
         dquery, dkey = alone * key, alone * query
         dlog = tl.zeros([BK, 16], tl.float32)
         for level in tl.static_range(4):
-            factor = exp(sums_across(log, to_border(j, i, level), PRECISION))
+            factor = tl.exp2(sums_across(log, to_border(j, i, level), PRECISION))
             near_query, near_key = (query * factor).to(operand), (key * factor).to(operand)
             here, there = meet(i, j, level), meet(j, i, level)
             by_query = factor * dot(near_key, tl.where(there, reads_t, 0.0).to(operand), PRECISION)
@@ -293,14 +290,14 @@ def unfold(
         between = tl.zeros([BK, 16], tl.float32)
         for back in range(a):
             earlier = (a - 1 - back) * 16
-            other = logs(g, g_t, earlier + j, c, count, K, PRECISION)
-            factor = exp(sums_across(other, i > j, PRECISION) + between)
+            other = logs(g, g_t, earlier + j, c, count, K)
+            factor = tl.exp2(sums_across(other, i > j, PRECISION) + between)
             near_key = (get(k, k_t, earlier + j, c, count, K).to(tl.float32) * factor).to(operand)
             by_query += dot(near_key, get(dp, narrow, own, earlier + i, count, BT), PRECISION)
             if DELTA:
                 by_key += dot(near_key, get(dn, narrow, own, earlier + i, count, BT), PRECISION)
             between += sums_across(other, i + j >= 0, PRECISION)
-        into, before = exp(sums_across(log, i <= j, PRECISION)), exp(between)
+        into, before = tl.exp2(sums_across(log, i <= j, PRECISION)), tl.exp2(between)
         by_query = into * (by_query + before * get(dqueries, wide, own, c, count, K).to(tl.float32))
         put(dq, wide, own, c, dquery + by_query, count, K)
         up = query * by_query
@@ -312,8 +309,8 @@ def unfold(
         by_key, between = tl.zeros([BK, 16], tl.float32), tl.zeros([BK, 16], tl.float32)
         for b in range(a + 1, tiles):
             later = b * 16
-            other = logs(g, g_t, later + j, c, count, K, PRECISION)
-            factor = exp(sums_across(other, i <= j, PRECISION) + between)
+            other = logs(g, g_t, later + j, c, count, K)
+            factor = tl.exp2(sums_across(other, i <= j, PRECISION) + between)
             near_query = (get(q, q_t, later + j, c, count, K).to(tl.float32) * factor).to(operand)
             by_key += dot(near_query, get(dp, narrow, later + i, own, count, BT), PRECISION)
             if DELTA:
@@ -321,9 +318,9 @@ def unfold(
                 by_key += dot(near_key, get(dn, narrow, later + i, own, count, BT), PRECISION)
             between += sums_across(other, i + j >= 0, PRECISION)
         behind = sums_across(log, i > j, PRECISION)
-        by_key *= exp(behind)
+        by_key *= tl.exp2(behind)
         leaving = get(dkeys_out, wide, own, c, count, K).to(tl.float32)
-        put(dk, wide, own, c, dkey + by_key + exp(behind + between) * leaving, count, K)
+        put(dk, wide, own, c, dkey + by_key + tl.exp2(behind + between) * leaving, count, K)
         down = key * by_key + leaving * get(keys_out, wide, own, c, count - 1, K).to(tl.float32)
 
         # The gradient of a sum goes to all that is summed: up to i, and behind j.

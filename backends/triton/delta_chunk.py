@@ -376,7 +376,6 @@ def _unfold(
     decays.unfold[(cut.rows * s.H * triton.cdiv(s.K, block_k),)](
         *inputs, cut.k, dp, dn, dqueries, dkeys_in, dkeys_out, dfade, dq, dk, dg, cut.offsets, *cut.lengths(),
         **cut.constants(block_k), DELTA=cut.delta, PRECISION=cut.precision, num_warps=block_k // 16, num_stages=1,
-        **(at_most(168) if k.element_size() == 2 else {}),
     )  # fmt: skip
 
 
