@@ -3,22 +3,18 @@
     D_ijc = Σ_{j<m≤i} g_mc        pairs_ij = Σ_c x_ic k_jc e^{D_ijc}    (x = q or k, i > j)
 
 The exponential of a sum over (j, i] is a product of one for i and one for j only if both count from a token between
-them: ``e^{−G_j}`` alone overflows. A chunk is halved again and again; at the level of blocks of s tokens, i in the
-second block of a pair and j in the first both count from the border between them,
+them: ``e^{−G_j}`` alone overflows. A chunk is cut into tiles of 16 tokens. Tokens of two tiles count from the border
+before the later one; a tile is halved again and again, and at the level of blocks of s tokens, i in the second block of
+a pair and j in the first both count from the border between them,
 
     X_i = x_i e^{sum from the border to i}       Y_j = k_j e^{sum behind j up to the border}       pairs = X Yᵀ
 
 so that every pair of tokens meets exactly once. Each exponent is a sum of non-positive numbers, never a difference:
-nothing overflows, nothing cancels. Up to blocks of 8 tokens, sums are products of tiles of 16 tokens with matrices of
-zeros and ones; of whole tiles their totals are added up.
+nothing overflows, nothing cancels. The sums are products with matrices of zeros and ones.
 
     fold     Q∘e^{G}, K∘e^{G}, K∘e^{G_C−G}, fade e^{G_C}: what meets the state
              P = scale · (q, k) pairs, N = (k, k) pairs below the diagonal tiles and in them
-    unfold   its adjoint; there tokens of two tiles count from the border before the later one
-
-fold has all tiles of a chunk at work side by side. Levels of a tile are products of 16 tokens, of which the half is of
-use; as products of the whole chunk, of which a sixteenth is, they would be three times as much for tensor cores, and
-masks as large as a chunk would cost more than the products.
+    unfold   its adjoint
 """
 
 import triton
@@ -37,51 +33,6 @@ def sums_across(g, which, PRECISION: tl.constexpr):
     ones, high = which.to(tl.float16), g.to(tl.float16)
     low = (g - high.to(tl.float32)).to(tl.float16)
     return dot(high, ones, PRECISION) + dot(low, ones, PRECISION)
-
-
-@triton.jit
-def exp(x):
-    """``e^x`` where what is less than a normal number may be zero, which is one instruction and a product."""
-    return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def tile_sums(which, g, PRECISION: tl.constexpr):
-    """``which g`` in every tile, of g in float16 as it is."""
-    which = tl.broadcast_to(which, [g.shape[0], 16, 16])
-    if g.dtype == tl.float16:
-        return dot(which.to(tl.float16), g, PRECISION)
-    return sums(which, g, PRECISION)
-
-
-@triton.jit
-def total_over(which, total, PARTS: tl.constexpr):
-    """Sums over those tiles that a row of ``which [tiles, tiles, 1]`` names, from totals of all: one for all tokens."""
-    found = tl.sum(tl.where(which, total[None, :, :], 0.0), axis=1)
-    return tl.reshape(found, [total.shape[0] * PARTS, 1, total.shape[1] // PARTS])
-
-
-@triton.jit
-def of_parts(pairs, TILES: tl.constexpr, PARTS: tl.constexpr):
-    """Pairs of tokens of a tile, from those of its parts."""
-    if PARTS == 1:
-        return pairs
-    return tl.sum(tl.reshape(pairs, [TILES, PARTS, 16, 16]), axis=1)
-
-
-@triton.jit
-def of_second(second, key, behind, DELTA: tl.constexpr):
-    """Keys of first blocks and of second ones, which are asked for only where keys meet keys."""
-    if DELTA:
-        return tl.where(second == 1, key, behind)
-    return behind
-
-
-@triton.jit
-def side_by_side(x, TILES: tl.constexpr, PARTS: tl.constexpr):
-    """Tokens by channels, from parts of tiles."""
-    W: tl.constexpr = x.shape[2]
-    return tl.reshape(tl.permute(tl.reshape(x, [TILES, PARTS, 16, W]), 0, 2, 1, 3), [TILES * 16, PARTS * W])
 
 
 @triton.jit
@@ -127,21 +78,18 @@ def put(x, step, t, c, value, count, K: tl.constexpr):
 def fold(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, queries, keys_in, keys_out, fade, p, n, offsets,
     tokens, sequences, per, every, heads, group, scale,
-    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr,
     CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head. A warp has W channels of a tile, and products within tiles stay in it."""
+    """One chunk of one head, tile after tile, by few warps: what is computed of a tile stays in one or two of them."""
     pid = tl.program_id(0)
     head, row = pid % heads, (pid // heads).to(tl.int64)
     batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
     if count <= 0:
         return
     count = count.to(tl.int32)
-    TILES: tl.constexpr = BT // 16
-    PARTS: tl.constexpr = BK // W
-    part, t = tl.arange(0, TILES * PARTS)[:, None, None], tl.arange(0, 16)
-    i, j = t[None, :, None], t[None, None, :]
-    own, c = part // PARTS * 16 + i, part % PARTS * W + tl.arange(0, W)[None, None, :]
+    t, c = tl.arange(0, 16), tl.arange(0, BK)[None, :]
+    i, j = t[:, None], t[None, :]
     q += batch * q_b + start * q_t + (head // group) * q_h
     k += batch * k_b + start * k_t + (head // group) * k_h
     g += batch * g_b + start * g_t + head * g_h
@@ -154,60 +102,50 @@ def fold(
         n += place * BT
     operand = k.dtype.element_ty
     wide, narrow = heads * K, heads * BT
-    query, key = get(q, q_t, own, c, count, K), get(k, k_t, own, c, count, K)
-    log = tl.maximum(get(g, g_t, own, c, count, K).to(tl.float32), LEAST)
-    tile, other = tl.arange(0, TILES)[:, None, None], tl.arange(0, TILES)[None, :, None]
-    total = tl.reshape(tl.sum(log, axis=1), [TILES, BK])
-    channel = tl.arange(0, BK)
-    tl.store(fade + (row * heads + head) * K + channel, exp(tl.sum(total, axis=0)), mask=channel < K)
-    if g.dtype.element_ty.primitive_bitwidth == 16 and PRECISION != "ieee":
-        log = log.to(tl.float16)  # which holds all that bfloat16 does of a decay
-
-    # Pairs within tiles.
-    reads = tl.where(i == j, dot(query, tl.permute(key, 0, 2, 1), PRECISION), 0.0)
-    writes = tl.zeros([TILES * PARTS, 16, 16], tl.float32)
-    query, key = query.to(tl.float32), key.to(tl.float32)
-    for level in range(4):
-        factor = exp(tile_sums(to_border(i, j, level), log, PRECISION))
-        near_key = (key * factor).to(operand)
-        columns, here = tl.permute(near_key, 0, 2, 1), meet(i, j, level)
-        reads += tl.where(here, dot((query * factor).to(operand), columns, PRECISION), 0.0)
+    tiles = tl.cdiv(count, 16)
+    for a in range(tiles):
+        own = a * 16 + i
+        query, key = get(q, q_t, own, c, count, K).to(tl.float32), get(k, k_t, own, c, count, K).to(tl.float32)
+        log = logs(g, g_t, own, c, count, K)
+        reads = tl.where(i == j, tl.sum(query * key, axis=1)[:, None], 0.0)
+        writes = tl.zeros([16, 16], tl.float32)
+        for level in tl.static_range(4):
+            factor = tl.exp2(sums(to_border(i, j, level), log, PRECISION))
+            near = (key * factor).to(operand)
+            columns = tl.trans(near)
+            here = meet(i, j, level)
+            reads += tl.where(here, dot((query * factor).to(operand), columns, PRECISION), 0.0)
+            if DELTA:
+                writes += tl.where(here, dot(near, columns, PRECISION), 0.0)
+        put(p, narrow, own, a * 16 + j, scale * reads, count, BT)
         if DELTA:
-            writes += tl.where(here, dot(near_key, columns, PRECISION), 0.0)
-    put(p, narrow, tile * 16 + i, tile * 16 + j, scale * of_parts(reads, TILES, PARTS), count, BT)
-    if DELTA:
-        put(n, narrow, tile * 16 + i, tile * 16 + j, of_parts(writes, TILES, PARTS), count, BT)
+            put(n, narrow, own, a * 16 + j, writes, count, BT)
 
-    # What meets the state, and pairs of two tiles: of neighbours, and of the two halves of a chunk of 64, whose outer
-    # tiles have another between them and the border.
-    behind = key * exp(tile_sums(j > i, log, PRECISION))
-    put(keys_out, wide, own, c, behind * exp(total_over(other > tile, total, PARTS)), count, K)
-    into = exp(tile_sums(j <= i, log, PRECISION))
-    before = exp(total_over(other < tile, total, PARTS))
-    key *= into
-    if DELTA:
-        put(keys_in, wide, own, c, key * before, count, K)
-    near_key = side_by_side(of_second(own // 16 % 2, key, behind, DELTA).to(operand), TILES, PARTS)
-    if TILES == 4:
-        passed = exp(total_over(to_border(tile, other, 1) & (tile != other), total, PARTS))
-        far_key = of_second(own // 32, key, behind, DELTA) * passed
-        far_key = side_by_side(far_key.to(operand), TILES, PARTS)
-    query *= into
-    put(queries, wide, own, c, query * before, count, K)
-    x, y = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    stored, halves = (x < count) & (x // 16 > y // 16), x // 32 > y // 32
-    columns = tl.trans(near_key)
-    reads = dot(side_by_side(query.to(operand), TILES, PARTS), columns, PRECISION)
-    if TILES == 4:
-        far_columns = tl.trans(far_key)
-        far_query = side_by_side((query * passed).to(operand), TILES, PARTS)
-        reads = tl.where(halves, dot(far_query, far_columns, PRECISION), reads)
-    tl.store(p + x * narrow + y, (scale * reads).to(operand), mask=stored)
-    if DELTA:
-        writes = dot(near_key, columns, PRECISION)
-        if TILES == 4:
-            writes = tl.where(halves, dot(far_key, far_columns, PRECISION), writes)
-        tl.store(n + x * narrow + y, writes, mask=stored)
+        into = tl.exp2(sums(j <= i, log, PRECISION))
+        near_query, near_key = (query * into).to(operand), (key * into).to(operand)
+        between = tl.zeros([16, BK], tl.float32)
+        for step in range(a):
+            earlier = (a - 1 - step) * 16
+            other = logs(g, g_t, earlier + i, c, count, K)
+            factor = tl.exp2(sums(j > i, other, PRECISION) + between)
+            columns = tl.trans((get(k, k_t, earlier + i, c, count, K).to(tl.float32) * factor).to(operand))
+            put(p, narrow, own, earlier + j, scale * dot(near_query, columns, PRECISION), count, BT)
+            if DELTA:
+                put(n, narrow, own, earlier + j, dot(near_key, columns, PRECISION), count, BT)
+            between += sums(i + j >= 0, other, PRECISION)
+        into *= tl.exp2(between)
+        put(queries, wide, own, c, query * into, count, K)
+        if DELTA:
+            put(keys_in, wide, own, c, key * into, count, K)
+
+    after = tl.zeros([16, BK], tl.float32)
+    for step in range(tiles):
+        own = (tiles - 1 - step) * 16 + i
+        log = logs(g, g_t, own, c, count, K)
+        out_of = tl.exp2(sums(j > i, log, PRECISION) + after)
+        put(keys_out, wide, own, c, get(k, k_t, own, c, count, K).to(tl.float32) * out_of, count, K)
+        after += sums(i + j >= 0, log, PRECISION)
+    tl.store(fade + (row * heads + head) * K + i * 0 + c, tl.exp2(after), mask=(i == 0) & (c < K))
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "per", "every"])

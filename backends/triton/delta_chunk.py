@@ -165,14 +165,11 @@ class Cut:
         s, (q, k) = self.problem.sizes, self.plain
         self.q, self.k = self.scratch(s.K), self.scratch(s.K)
         self.keys_in = self.scratch(s.K) if self.delta else self.k
-        half = k.element_size() == 2
-        constants = self.constants()
-        part = min(64 if half else 32, constants["BK"])
         decays.fold[grid](
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
-            **constants, W=part, DELTA=self.delta, PRECISION=self.precision,
-            num_warps=self.block_t // 16 * constants["BK"] // part, num_stages=1, **(at_most(128) if half else {}),
+            **self.constants(block(s.K)), DELTA=self.delta, PRECISION=self.precision,
+            num_warps=max(1, block(s.K) // 32), num_stages=1, **(at_most(168) if k.element_size() == 2 else {}),
         )  # fmt: skip
 
     def spell_out(self, exact: bool) -> None:
