@@ -147,12 +147,11 @@ def hard_settings(spec: MixerSpec) -> tuple[Setting, ...]:
 def wide_settings(spec: MixerSpec) -> tuple[Setting, ...]:
     """Heads up to the widest that kernels promise: what has to be passed, exact and in chunks."""
     chunks = next((o.trials for o in spec.options if o.name == "chunk_size"), ())
-    models = [(("chunk_size", c),) for c in (*chunks[:1], *chunks[-1:])] or [()]
+    options = [{"chunk_size": c} for c in (*chunks[:1], *chunks[-1:])] or [{}]
     widths = dict.fromkeys(_widths(spec, pair) for pair in WIDEST)
-    sizes = {"lengths": (70,), "initial": "given", "hard": ""}
     return tuple(
-        dataclasses.replace(long_setting(spec, {}), options=options, key_dim=k, value_dim=v, seed=seed, **sizes)
-        for seed, (options, (k, v)) in enumerate(itertools.product(models, widths))
+        dataclasses.replace(long_setting(spec, o, 70), key_dim=k, value_dim=v, initial="given", hard="", seed=seed)
+        for seed, (o, (k, v)) in enumerate(itertools.product(options, widths))
     )
 
 

@@ -303,8 +303,8 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     dfirst = dx.get("initial.state")
     dmarks = None if dmarks is None else dmarks.contiguous()
     block_v, stages = config["block_v"], config["num_stages"]
-    if block(s.K) > 128:  # what it holds of a chunk is more than what the forward's chain does
-        stages = min(stages, 1 if cut.delta else 2)
+    if block(s.K) > 128 and not (config["num_warps"] == 8 and cut.decay == 1 and not cut.delta):
+        stages = 1  # it holds more of a chunk than the forward's chain does; two were tried for ssd alone
     _, _, per, every, heads, group = cut._lengths_of(cut.k)
     adjoint.chain_back[(s.N * s.H * triton.cdiv(s.V, block_v),)](
         *place(cut.q, 0, 1, 2), *place(cut.k, 0, 1, 2), *place(dy, 0, 1, 2), cut.w, cut.p, cut.inward, cut.outward,
@@ -447,9 +447,9 @@ class DeltaChunk(TritonKernel):
 
         Where no block does, ``pieces`` of a sequence run side by side, if there is no system to solve and if it is long
         enough. What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains
-        more. Heads wider than 128 have blocks of 64 values too, by 8 warps: faster where there is a decay and nothing
-        to solve. In bfloat16 a fused chain with a system to solve has blocks of 32 values at least: with 16 columns
-        Triton 3.6 compiles products wrongly whose result the next product takes.
+        more. Heads wider than 128 have blocks of 64 values too, by 8 warps, which is faster for ssd. In bfloat16 a fused
+        chain with a system to solve has blocks of 32 values at least: with 16 columns Triton 3.6 compiles products
+        wrongly whose result the next product takes.
         """
         _, _, key_dim, value_dim = problem.widths
         delta, half = problem.layout("beta") is not None, problem.dtype == "bfloat16"
@@ -475,9 +475,9 @@ class DeltaChunk(TritonKernel):
         first = config(block_v, fused, 0, pieces if narrow or not (busy and fused) else 1)
         others = [config(sizes[-1], 0, 0, pieces)] if pieces > 1 else []
         if half and block(key_dim) > 128 and value_dim > 32:
-            eight = config(64, 1, 0) | {"num_warps": 8, "num_stages": 1 if delta and decay_axes(problem) == 2 else 2}
-            wide = problem.parallel * -(-value_dim // 64) >= ENOUGH
-            if wide and decay_axes(problem) and not delta:
+            stages = 1 if delta and decay_axes(problem) == 2 else 2  # more does not fit
+            eight: Config = {**config(64, 1, 0), "num_warps": 8, "num_stages": stages}
+            if decay_axes(problem) == 1 and not delta and problem.parallel * -(-value_dim // 64) >= ENOUGH:
                 first, eight = eight, first
             others.append(eight)
         others += [config(b, f, fewer) for b in sizes for f in (1, 0) if b >= least or not f for fewer in (0, 1)]
