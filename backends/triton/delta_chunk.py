@@ -447,7 +447,7 @@ class DeltaChunk(TritonKernel):
 
         Where no block does, ``pieces`` of a sequence run side by side, if there is no system to solve and if it is long
         enough. What a chunk loads is asked for two or three chunks ahead, as far as shared memory goes: nothing gains
-        more. Heads wider than 128 have blocks of 64 values too, by 8 warps, which is faster for ssd. In bfloat16 a fused
+        more. Heads wider than 128 have blocks of 64 values too, by 8 warps: faster for ssd. In bfloat16 a fused
         chain with a system to solve has blocks of 32 values at least: with 16 columns Triton 3.6 compiles products
         wrongly whose result the next product takes.
         """
