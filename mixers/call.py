@@ -19,7 +19,10 @@ FLAGS = ("bool", "int32", "int64", "uint8", *FLOATING)
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A validated call: arrays by name (``initial.*`` absent for the default first state), and their sizes."""
+    """A validated call: arrays by name (``initial.*`` absent for the default first state), and their sizes.
+
+    ``given`` is the first state as the caller passed it: part of one says more than the arrays that it became.
+    """
 
     spec: MixerSpec
     options: dict[str, Any]
@@ -28,6 +31,7 @@ class Call:
     sizes: Sizes
     flags: Flags
     pack: Pack | None = None
+    given: Any = None
 
     def problem(self) -> Problem:
         """The call without its arrays."""
@@ -98,7 +102,7 @@ def validate(
     )
     if initial_state is not None:
         sizes = _adopt(spec, options, library, initial_state, sizes, x)
-    call = Call(spec, options, library, x, sizes, flags, host)
+    call = Call(spec, options, library, x, sizes, flags, host, initial_state)
     if spec.refuse is not None:
         spec.refuse(call, initial_state, token)
     return call

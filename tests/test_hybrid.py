@@ -12,6 +12,7 @@ import pytest
 import mixers
 from mixers import HAMState
 from mixers.algebra import more_rows
+from mixers.arrays import library_of
 from mixers.ham import PAGE
 
 B, T, G, H, K, V = 2, 13, 2, 4, 6, 5
@@ -455,3 +456,21 @@ def test_memory_caching_refuses() -> None:
     for base in ("attention", "ham"):
         with pytest.raises(ValueError, match="no matrix state"):
             cached("auto", base)
+
+
+def test_weights_alone_begin_a_mini_batch_and_nobody_asks_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers learn weights and no phase; to read one waits for a GPU, and while a graph is captured nobody can."""
+    mix = mlp("auto", chunk_size=4)
+    x = inputs(mix)
+    *kept, phase = mix(**x).state
+    weights, sums = tuple(kept[:4]), tuple(kept[4:])
+    begun = mixers.TTTMLPState(*weights, *map(np.zeros_like, sums), np.zeros_like(phase))
+    wanted = mix(**x, initial_state=begun)
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("the phase was read")
+
+    monkeypatch.setattr(type(library_of(x["q"], "q")), "host", asked)
+    found = mix(**x, initial_state=weights)
+    for got, expected in zip((found.y, *found.state), (wanted.y, *wanted.state), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
