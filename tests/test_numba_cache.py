@@ -64,6 +64,7 @@ def house(tmp_path: Path) -> Path:
 
 def start(house: Path, **environment: str) -> subprocess.Popen[str]:
     places = {"XDG_CACHE_HOME": str(house.parent / "cache"), "TMPDIR": str(house.parent)}
+    places["PYTHONDONTWRITEBYTECODE"] = "1"  # which misses an edit of the same length within a second
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(home=str(house.parent))],
         env={**os.environ, **places, **environment},
