@@ -61,6 +61,22 @@ def test_the_loop_is_a_scan() -> None:
     assert sizes[1] < 1.1 * sizes[0]
 
 
+def test_learned_weights_begin_a_mini_batch_while_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights alone say where a sequence is; a traced phase would not, and tokens would go one by one."""
+    from mixers import ttt_chunks
+
+    mix, x = mixers.get("ttt_mlp", chunk_size=4), inputs("ttt_mlp")
+    wanted = mix(**x).y
+    weights = tuple(jnp.asarray(a) for a in mix.init_state(2, 2, 3, like=x["q"])[:4])
+
+    def one_by_one(*_: object) -> None:
+        raise AssertionError("token by token")
+
+    monkeypatch.setattr(ttt_chunks, "_by_token", one_by_one)
+    got = jax.jit(lambda x, weights: mix(**x, initial_state=weights).y)(x, weights)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+
+
 def test_steps_stream() -> None:
     mix, x = mixers.get("lattice", backend="reference", chunk_size=4), inputs("lattice")
     wanted = mix(**x)
