@@ -32,21 +32,19 @@ def compose(library: Any, mixer: Mixer, call: Call, x: Arrays) -> Arrays:
     """See the module; named as in ``mixers.problem``."""
     (inner,) = mixer.parts
     alone = call.sizes.T == 1 and call.x.get("offsets") is None and call.options["segment"] != "log"
-    fresh = not any(call.x.get(f"initial.{f.name}") is not None for f in call.spec.state(call.options).fields)
-    run = _Run(library, call, mixer.options, inner, fresh, alone)
+    run = _Run(library, call, mixer.options, inner, alone)
     return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, run, reserves=not alone)
 
 
 class _Run:
     """One call: the base as a mixer, and what the wrapper's options say.
 
-    ``fresh`` from the first token on; ``alone`` of a single token, whose state is not yet given the room it may need.
+    ``alone`` of a single token, whose state is not yet given the room it may need.
     """
 
-    def __init__(self, library: Any, call: Call, options: Options, part: Mixer, fresh: bool, alone: bool) -> None:
-        self.fresh, self.alone = fresh, alone
+    def __init__(self, library: Any, call: Call, options: Options, part: Mixer, alone: bool) -> None:
         self.library, self.xp, self.options, self.part = library, library.namespace, options, part
-        self.call, self.base = call, part.spec
+        self.call, self.base, self.alone = call, part.spec, alone
         assert self.base.memory is not None
         self.memory: Memory = self.base.memory
         self.inner = len(self.base.state(part.options).fields)
@@ -60,11 +58,11 @@ class _Run:
                 return found
             assert self.call.spec.reserve is not None
             state = self.call.spec.reserve(self.xp, state, 1)
-        tokens, segments = self._before(state, passed if self.fresh else None)
+        tokens, segments = self._before(state, passed if self.call.begins else None)
         soup = self.options["aggregate"] == "soup" and not self.memory.linear
         if tokens is None or segments is None or soup:
             return self._by_token(inputs, constants, state)
-        if self.fresh or len(set(zip(tokens, segments, strict=True))) <= 1:
+        if self.call.begins or len(set(zip(tokens, segments, strict=True))) <= 1:
             return _Rows(self, inputs, constants, state).run(int(tokens[0]), int(segments[0]))
         xp = self.xp  # sequences that are not at the same place of a segment
         found = []

@@ -21,7 +21,7 @@ FLAGS = ("bool", "int32", "int64", "uint8", *FLOATING)
 class Call:
     """A validated call: arrays by name (``initial.*`` absent for the default first state), and their sizes.
 
-    ``given`` is the first state as the caller passed it: part of one says more than the arrays that it became.
+    ``given`` is the first state as the caller passed it, or None.
     """
 
     spec: MixerSpec
@@ -32,6 +32,15 @@ class Call:
     flags: Flags
     pack: Pack | None = None
     given: Any = None
+
+    @property
+    def begins(self) -> bool:
+        """Whether every counter starts: no first state was given, or the part alone that a layer learns.
+
+        Then nobody need ask the device where sequences are, which waits, and cannot be done while a graph is captured.
+        """
+        count = len(self.given) if isinstance(self.given, (tuple, list)) else 1
+        return self.given is None or count == len(self.spec.learned)
 
     def problem(self) -> Problem:
         """The call without its arrays."""
@@ -104,7 +113,7 @@ def validate(
         sizes = _adopt(spec, options, library, initial_state, sizes, x)
     call = Call(spec, options, library, x, sizes, flags, host, initial_state)
     if spec.refuse is not None:
-        spec.refuse(call, initial_state, token)
+        spec.refuse(call, token)
     return call
 
 

@@ -342,7 +342,7 @@ def _sized(xp: Any, rows: Array, axis: int, most: int) -> Array:
     return rows if found == room else rows[(slice(None),) * axis + (slice(room),)]
 
 
-def refuse(call: Any, given: Any, token: bool) -> None:
+def refuse(call: Any, token: bool) -> None:
     """Heads that do not fit, a score that is no number."""
     s = call.sizes
     for name, heads in (("attn_q", s.J), ("attn_k", s.A), ("attn_v", s.D)):

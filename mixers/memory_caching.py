@@ -348,10 +348,10 @@ def settle(call: Any, out: dict[str, Array]) -> dict[str, Array]:
     return out
 
 
-def refuse(call: Any, given: Any, token: bool) -> None:
+def refuse(call: Any, token: bool) -> None:
     """``segment="log"`` cannot stream."""
     options = call.options
-    if options["segment"] == "log" and (token or isinstance(given, MemoryCachingState)):
+    if options["segment"] == "log" and (token or isinstance(call.given, MemoryCachingState)):
         raise ValueError(
             "memory_caching: segment='log' cuts a sequence by the binary expansion of its length, which streaming does "
             "not know; take a whole number for segment, or pass the whole sequence at once"

@@ -273,7 +273,7 @@ class Mixer:
 
         composed = self.spec.compose is not None and self.backend != REFERENCE
         out, back = compose.vjp(self, call) if composed else library.vjp(self, call)
-        return self._result(call, out), pullback(call, initial_state, out, back)
+        return self._result(call, out), pullback(call, out, back)
 
     def init_state(
         self,

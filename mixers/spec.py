@@ -247,7 +247,7 @@ class MixerSpec:
         timed: inputs that follow from the length of a sequence, ``f(xp, tokens, like)``, ``[1, T, ...]`` each.
         lends: whether, under given options, a gradient is lent to what has none, so that it is not the derivative of
             the result and no difference of results shows it.
-        refuse: a last check of a call, ``f(call, given, token)``, that raises; ``given`` is the state as passed.
+        refuse: a last check of a call, ``f(call, token)``, that raises.
         settle: cuts what ``reserve`` grew too far: ``f(call, outputs)``; never while something is traced.
         compose: runs a call on whole sequences by other mixers and array operations: ``f(library, mixer, call, x)``,
             named as in ``mixers.problem``. Every backend but the reference then runs that.
@@ -282,7 +282,7 @@ class MixerSpec:
     specialise: "Callable[[Options], MixerSpec] | None" = None
     chunk: Callable[[Options], int] = lambda options: int(options.get("chunk_size", 1))
     timed: Callable[[Any, int, Array], dict[str, Array]] | None = None
-    refuse: Callable[[Any, Any, bool], None] | None = None
+    refuse: Callable[[Any, bool], None] | None = None
     settle: Callable[[Any, dict[str, Array]], dict[str, Array]] | None = None
     compose: Callable[[Any, Any, Any, dict[str, Array]], dict[str, Array]] | None = None
     traced: Callable[[Any], bool] = lambda call: False

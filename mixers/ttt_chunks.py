@@ -22,7 +22,7 @@ from mixers.primitive import run
 from mixers.problem import Arrays
 from mixers.spec import Array
 from mixers.ttt import default_scale, residual_norm
-from mixers.ttt_mlp import BATCHES, WEIGHTS, errors, gelu, gelu_slope
+from mixers.ttt_mlp import BATCHES, errors, gelu, gelu_slope
 from mixers.ttt_mlp_step import ttt_mlp_step
 
 State = tuple[Array, ...]
@@ -35,11 +35,9 @@ LONGEST = 64
 
 def compose(library: Any, mixer: Any, call: Call, x: Arrays) -> Arrays:
     """See the module; named as in ``mixers.problem``."""
-    # Weights alone, as a layer learns them, start a mini-batch: then nobody need ask the device where sequences are.
-    fresh = call.given is None or len(call.given) == len(WEIGHTS)
 
     def whole(inputs: dict[str, Array], constants: dict[str, Array], state: State, passed: int) -> tuple[Array, State]:
-        return _whole(library, mixer.backend, call, inputs, constants, state, passed if fresh else None)
+        return _whole(library, mixer.backend, call, inputs, constants, state, passed if call.begins else None)
 
     return reference.forward(library, call.spec, call.options, call.sizes, call.flags, x, whole)
 

@@ -12,7 +12,7 @@ from mixers.spec import Array
 Pullback = Callable[..., dict[str, Any]]
 
 
-def pullback(call: Call, initial_state: Any, out: Arrays, back: Callable[[Arrays], Arrays]) -> Pullback:
+def pullback(call: Call, out: Arrays, back: Callable[[Arrays], Arrays]) -> Pullback:
     """The second half of ``Mixer.vjp``; see there."""
     layout = call.spec.state(call.options)
     fields = layout.fields
@@ -36,8 +36,8 @@ def pullback(call: Call, initial_state: Any, out: Arrays, back: Callable[[Arrays
         dx = back({"y": dy, **named("final", dstate), **named("checkpoint", dcheckpoints)})
         inputs = {name: a for name, a in dx.items() if not name.startswith("initial.")}
         gradients = {name: a.astype(call.x[name].dtype, copy=False) for name, a in inputs.items()}
-        if initial_state is not None:
-            gradients["initial_state"] = _state_gradient(call, initial_state, dx)
+        if call.given is not None:
+            gradients["initial_state"] = _state_gradient(call, dx)
         return gradients
 
     return pull
@@ -48,9 +48,9 @@ def _check(name: str, gradient: Array, output: Array) -> None:
         raise ValueError(f"the gradient of {name} has shape {np.shape(gradient)}, expected {output.shape}")
 
 
-def _state_gradient(call: Call, given: Any, dx: Arrays) -> Any:
+def _state_gradient(call: Call, dx: Arrays) -> Any:
     """Gradients in the form in which the state was given: a shared one is summed over the sequences."""
-    layout = call.spec.state(call.options)
+    given, layout = call.given, call.spec.state(call.options)
     gradients = [dx.get(f"initial.{f.name}") for f in layout.fields]
     if not isinstance(given, tuple):
         # A bare array may stand for several fields (the first slots of a chunk are also its running slots), but not for

@@ -458,19 +458,29 @@ def test_memory_caching_refuses() -> None:
             cached("auto", base)
 
 
-def test_weights_alone_begin_a_mini_batch_and_nobody_asks_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers learn weights and no phase; to read one waits for a GPU, and while a graph is captured nobody can."""
-    mix = mlp("auto", chunk_size=4)
-    x = inputs(mix)
-    *kept, phase = mix(**x).state
-    weights, sums = tuple(kept[:4]), tuple(kept[4:])
-    begun = mixers.TTTMLPState(*weights, *map(np.zeros_like, sums), np.zeros_like(phase))
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (mlp, {"chunk_size": 4}),
+        (cached, {"base": "lattice", "segment": 4}),
+        (cached, {"base": "ttt_linear", "segment": 4}),
+    ],
+)
+def test_what_a_layer_learns_begins_a_sequence_and_nobody_asks_where(
+    make, options: Named, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learned first state has no counters; to read one waits for a GPU, and while a graph is captured nobody can."""
+    mix = make("auto", **options)
+    x, count = inputs(mix), len(mix.spec.learned)
+    learned = flat(mix, mix(**x).state)[:count]
+    given = learned if count > 1 else learned[0]
+    begun = mix(**cut(x, 0, 0), initial_state=given).state
     wanted = mix(**x, initial_state=begun)
 
     def asked(*_: Any) -> None:
-        raise AssertionError("the phase was read")
+        raise AssertionError("a counter was read")
 
     monkeypatch.setattr(type(library_of(x["q"], "q")), "host", asked)
-    found = mix(**x, initial_state=weights)
-    for got, expected in zip((found.y, *found.state), (wanted.y, *wanted.state), strict=True):
+    found = mix(**x, initial_state=given)
+    for got, expected in zip((found.y, *flat(mix, found.state)), (wanted.y, *flat(mix, wanted.state)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)

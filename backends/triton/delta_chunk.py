@@ -303,7 +303,7 @@ def backward(problem: Problem, config: Config, x: Arrays, dout: Arrays, dx: Arra
     dfirst = dx.get("initial.state")
     dmarks = None if dmarks is None else dmarks.contiguous()
     block_v, stages = config["block_v"], config["num_stages"]
-    if block(s.K) > 128 and not (config["num_warps"] == 8 and cut.decay == 1 and not cut.delta):
+    if block(s.K) > 128 and (cut.delta or cut.decay != 1):
         stages = 1  # it holds more of a chunk than the forward's chain does; two were tried for ssd alone
     _, _, per, every, heads, group = cut._lengths_of(cut.k)
     adjoint.chain_back[(s.N * s.H * triton.cdiv(s.V, block_v),)](

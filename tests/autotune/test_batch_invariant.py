@@ -46,7 +46,9 @@ class Run:
         if self.library == "numpy":
             return array
         if self.library == "jax":
-            return pytest.importorskip("jax").numpy.asarray(array, dtype)
+            import jax.numpy as jnp
+
+            return jnp.asarray(array, dtype)
         torch = pytest.importorskip("torch")
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, getattr(torch, dtype))
 
