@@ -312,6 +312,12 @@ def _reset(x: Named, args: Mapping[str, list[Arg]], rng: np.random.Generator) ->
         x[arg.name] = np.where(rng.random(x[arg.name].shape) < 0.1, -np.inf, x[arg.name])
 
 
+def _steep_end(x: Named, args: Mapping[str, list[Arg]], rng: np.random.Generator) -> None:
+    """Chunks in which much is kept, and behind them some in which half is forgotten at once, token by token."""
+    for arg in args["log_decay"]:
+        x[arg.name][:, 64:] = np.where(rng.random(x[arg.name][:, 64:].shape) < 0.5, -30.0, x[arg.name][:, 64:])
+
+
 def _wide_gate(x: Named, args: Mapping[str, list[Arg]], rng: np.random.Generator) -> None:
     for arg in args["gate"]:
         x[arg.name] = rng.uniform(0, 2, x[arg.name].shape)
@@ -360,6 +366,7 @@ HARD: Mapping[str, Hard] = {
     "log_decay -50": _set("log_decay", -50.0),
     "log_decay -inf": _set("log_decay", -math.inf),
     "resets": Hard(frozenset({"log_decay"}), _reset),
+    "steep end": Hard(frozenset({"log_decay"}), _steep_end),
     "one key": _alike(1.0),
     "cosine 0.9": _alike(0.9),
     "cosine 0.5": _alike(0.5),

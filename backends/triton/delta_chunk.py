@@ -16,7 +16,7 @@ from mixers.linear import read_scale
 from mixers.problem import Arrays, Problem
 from mixers.spec import Array
 
-from . import decays
+from . import decays, steep_decays
 from . import delta_chunk_backward as adjoint
 from . import delta_chunk_forward as forwards
 from .delta_pieces import ENOUGH, Pieces, enough, in_one_row
@@ -33,6 +33,9 @@ from .kernel import (
     spread,
 )
 from .l2norm import normalise, normalise_backward
+
+# How many programs look through all chunks for those with steep decays.
+LOOKING = 1024
 
 MIXERS = frozenset({"linear_attention", "ssd", "gla", "delta_rule", "gated_delta_rule", "kda"})
 
@@ -161,15 +164,22 @@ class Cut:
                 self.pairs = None  # as large as q, k and v: later scratch takes its place
 
     def _fold(self, grid: tuple[int]) -> None:
-        """Decays a channel, folded into q and k, and the pairs inside of chunks."""
+        """Decays a channel, folded into q and k, and the pairs inside of chunks.
+
+        Kernels of both kinds are launched: which chunks are steep only the device knows.
+        """
         s, (q, k) = self.problem.sizes, self.plain
         self.q, self.k = self.scratch(s.K), self.scratch(s.K)
         self.keys_in = self.scratch(s.K) if self.delta else self.k
-        decays.fold[grid](
+        arrays = (
             *place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(self.g, 0, 1, 2),
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
-            **self.constants(block(s.K)), DELTA=self.delta, PRECISION=self.precision,
-            num_warps=max(1, block(s.K) // 32), num_stages=1, **(at_most(168) if k.element_size() == 2 else {}),
+        )  # fmt: skip
+        how = {"DELTA": self.delta, "PRECISION": self.precision, "num_stages": 1}
+        decays.fold[grid](*arrays, **self.constants(64 if self.delta else 32), **how, num_warps=4)
+        steep_decays.fold[(min(grid[0], LOOKING),)](
+            *arrays, grid[0], **self.constants(block(s.K)), **how, num_warps=max(1, block(s.K) // 32),
+            **(at_most(168) if k.element_size() == 2 else {}),
         )  # fmt: skip
 
     def spell_out(self, exact: bool) -> None:
@@ -368,12 +378,21 @@ def _unfold(
 ) -> None:
     """From gradients of folded q and k, and of pairs, to those of q, k and the decays."""
     s, (q, k) = cut.problem.sizes, cut.plain
-    inputs = (*place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(cut.g, 0, 1, 2))
+    given = (*place(q, 0, 1, 2), *place(k, 0, 1, 2), *place(cut.g, 0, 1, 2))
+    dmet, ends, chunks = (dqueries, dkeys_in, dkeys_out), (cut.offsets, *cut.lengths()), cut.rows * s.H
+    how, products = {"DELTA": cut.delta, "num_stages": 1}, {"PRECISION": cut.precision}
     block_k = min(32, block(s.K))
-    decays.unfold[(cut.rows * s.H * triton.cdiv(s.K, block_k),)](
-        *inputs, cut.k, dp, dn, dqueries, dkeys_in, dkeys_out, dfade, dq, dk, dg, cut.offsets, *cut.lengths(),
-        **cut.constants(block_k), DELTA=cut.delta, PRECISION=cut.precision, num_warps=block_k // 16, num_stages=1,
+    steep_decays.unfold[(min(chunks * triton.cdiv(s.K, block_k), LOOKING),)](
+        *given, cut.k, cut.fade, dp, dn, *dmet, dfade, dq, dk, dg, *ends, chunks,
+        **cut.constants(block_k), **how, **products, num_warps=block_k // 16,
     )  # fmt: skip
+    decays.unfold_pairs[(chunks,)](
+        cut.q, cut.keys_in, cut.k, cut.fade, dp, dn, *dmet, dfade, dg, *ends,
+        **cut.constants(32), **how, **products, num_warps=4, **({} if cut.delta else at_most(168)),
+    )  # fmt: skip
+    decays.unfold[(chunks * triton.cdiv(s.K, 32),)](
+        *given, cut.fade, dp, *dmet, dq, dk, *ends, **cut.constants(32), **how, num_warps=4
+    )
 
 
 def _finish(cut: Cut, dx: Arrays, name: str, d: Array) -> None:

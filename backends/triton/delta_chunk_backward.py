@@ -219,7 +219,7 @@ def chunks_back(
     """One chunk of one head, from what ``pairs_back`` left: dQ, dK, and the gradients of beta and decays.
 
     Where pairs have neither a system to solve nor a decay of their own, dP is one product and computed here. With
-    DECAY 2, k is e^G∘K, dq and dk are what meets the state; pairs are left to ``decays.unfold``.
+    DECAY 2, k is e^G∘K, dq and dk are what meets the state; pairs are left to ``decays.unfold_pairs``.
     """
     pid = tl.program_id(0)
     head, row = pid % heads, (pid // heads).to(tl.int64)
