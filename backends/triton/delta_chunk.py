@@ -21,6 +21,7 @@ from . import delta_chunk_backward as adjoint
 from . import delta_chunk_forward as forwards
 from .delta_pieces import ENOUGH, Pieces, enough, in_one_row
 from .kernel import (
+    INTERPRETED,
     TritonKernel,
     at_most,
     blank_unused,
@@ -61,6 +62,7 @@ class Cut:
         plain: q and k before their decays.
         keys_in: k with the decays since the chunk's start, where those are a channel's; k otherwise.
         inward, outward, total, fade: decays; see ``delta_chunk_forward``.
+        gentle: of decays a channel, whether chunks may take ``decays``.
     """
 
     problem: Problem
@@ -84,6 +86,8 @@ class Cut:
         self.scale = read_scale(problem.option, s.K)
         self.marks = first_marks(problem, x["offsets"])
         self.precision = precision(problem) if problem.dtype == "float32" else "tf32"
+        # In last bits of float32 it shows. What float16 becomes, tf32, has been compared in the interpreter alone.
+        self.gentle = k.element_size() == 2 or (INTERPRETED and self.precision == "tf32")
         self.warps = 4 if q.element_size() == 2 else 8
         self.pairs: Any = None
         self.p: Any = None
@@ -166,7 +170,7 @@ class Cut:
     def _fold(self, grid: tuple[int]) -> None:
         """Decays a channel, folded into q and k, and the pairs inside of chunks.
 
-        Kernels of both kinds are launched: which chunks are steep only the device knows.
+        Kernels of both kinds are launched, as which chunks are steep only the device knows.
         """
         s, (q, k) = self.problem.sizes, self.plain
         self.q, self.k = self.scratch(s.K), self.scratch(s.K)
@@ -176,10 +180,11 @@ class Cut:
             self.q, self.keys_in, self.k, self.fade, self.p, self.pairs, self.offsets, *self.lengths(), self.scale,
         )  # fmt: skip
         how = {"DELTA": self.delta, "PRECISION": self.precision, "num_stages": 1}
-        decays.fold[grid](*arrays, **self.constants(64 if self.delta else 32), **how, num_warps=4)
+        if self.gentle:
+            decays.fold[grid](*arrays, **self.constants(64 if self.delta else 32), **how, num_warps=4)
         steep_decays.fold[(min(grid[0], LOOKING),)](
-            *arrays, grid[0], **self.constants(block(s.K)), **how, num_warps=max(1, block(s.K) // 32),
-            **(at_most(168) if k.element_size() == 2 else {}),
+            *arrays, grid[0], **self.constants(block(s.K)), **how, ALL=not self.gentle,
+            num_warps=max(1, block(s.K) // 32), **(at_most(168) if k.element_size() == 2 else {}),
         )  # fmt: skip
 
     def spell_out(self, exact: bool) -> None:
@@ -384,11 +389,13 @@ def _unfold(
     block_k = min(32, block(s.K))
     steep_decays.unfold[(min(chunks * triton.cdiv(s.K, block_k), LOOKING),)](
         *given, cut.k, cut.fade, dp, dn, *dmet, dfade, dq, dk, dg, *ends, chunks,
-        **cut.constants(block_k), **how, **products, num_warps=block_k // 16,
+        **cut.constants(block_k), **how, **products, ALL=not cut.gentle, num_warps=block_k // 16,
     )  # fmt: skip
+    if not cut.gentle:
+        return
     decays.unfold_pairs[(chunks,)](
         cut.q, cut.keys_in, cut.k, cut.fade, dp, dn, *dmet, dfade, dg, *ends,
-        **cut.constants(32), **how, **products, num_warps=4, **({} if cut.delta else at_most(168)),
+        **cut.constants(64), **how, **products, num_warps=4,
     )  # fmt: skip
     decays.unfold[(chunks * triton.cdiv(s.K, 32),)](
         *given, cut.fade, dp, *dmet, dq, dk, *ends, **cut.constants(32), **how, num_warps=4

@@ -12,7 +12,8 @@ nothing overflows, nothing cancels. The sums are products with matrices of zeros
     fold     what ``decays.fold`` finds, of chunks that are steep
     unfold   its adjoint
 
-Steep chunks are few as a rule: programs look through all chunks for them, one program through many.
+Steep chunks are few as a rule: programs look through all chunks for them, one program through many. Where ``decays``
+has not run, ALL are taken.
 """
 
 import triton
@@ -144,13 +145,13 @@ def fold(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, queries, keys_in, keys_out, fade, p, n, offsets,
     tokens, sequences, per, every, heads, group, scale, chunks,
     K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr,
-    CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+    CHECKPOINTS: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunks of heads, one after the other."""
     for at in range(tl.program_id(0), chunks, tl.num_programs(0)):
         head, row = at % heads, (at // heads).to(tl.int64)
         batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
-        if (count > 0) & steep(fade, row * heads + head, K):
+        if (count > 0) & (ALL or steep(fade, row * heads + head, K)):
             fold_chunk(
                 q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, queries, keys_in, keys_out, fade, p, n,
                 batch, start, count, row, head, tokens, heads, group, scale, K, BT, BK, DELTA, PRECISION,
@@ -275,14 +276,14 @@ def unfold(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, keys_out, fade, dp, dn, dqueries, dkeys_in, dkeys_out, dfade,
     dq, dk, dg, offsets, tokens, sequences, per, every, heads, group, chunks,
     K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr,
-    CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
+    CHECKPOINTS: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks of channels of chunks of heads, one after the other."""
     blocks = tl.cdiv(K, BK)
     for at in range(tl.program_id(0), chunks * blocks, tl.num_programs(0)):
         head, row = (at // blocks) % heads, (at // (blocks * heads)).to(tl.int64)
         batch, start, count = locate(row, tokens, sequences, per, every, offsets, BT, CHECKPOINTS, PACKED)
-        if (count > 0) & steep(fade, row * heads + head, K):
+        if (count > 0) & (ALL or steep(fade, row * heads + head, K)):
             unfold_block(
                 q, q_b, q_t, q_h, k, k_b, k_t, k_h, g, g_b, g_t, g_h, keys_out, dp, dn, dqueries, dkeys_in, dkeys_out,
                 dfade, dq, dk, dg, batch, start, count, row, head, at % blocks, tokens, heads, group,
