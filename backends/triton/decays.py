@@ -29,8 +29,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # As a power of two, so that X and Y are within 2**50 both ways.
 GENTLE = tl.constexpr(2.0**-100)
 
-# A constant of one head would make the tokens of one channel contiguous. With that, and blocks of 32 channels, Triton 3.6
-# read memory that is not the kernel's, and gradients of decays were wrong on an H200.
+# A constant of one head would make the tokens of one channel contiguous. With that, and blocks of 32 channels, a kernel
+# read memory that is not its own under Triton 3.6 on an H200, and gradients of decays were wrong.
 PLAIN = ("tokens", "sequences", "per", "every", "heads")
 
 
