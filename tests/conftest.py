@@ -2,18 +2,24 @@
 
 import os
 
-import hypothesis
 import pytest
-
-# The same examples every time, few of them; HYPOTHESIS_PROFILE=thorough looks further.
-hypothesis.settings.register_profile(
-    "ci", max_examples=8, deadline=None, derandomize=True, database=None, print_blob=True
-)
-hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # JAX takes three quarters of a GPU that it finds unless told otherwise; here many processes share one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def pytest_configure() -> None:
+    """The same examples every time, few of them; HYPOTHESIS_PROFILE=thorough looks further.
+
+    ``pytest-benchmark compare`` reads this file too, where hypothesis need not be.
+    """
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "ci", max_examples=8, deadline=None, derandomize=True, database=None, print_blob=True
+    )
+    hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
