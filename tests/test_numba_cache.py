@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("numba")
-
 from mixers.backends.numba import cache
 
 CALLER = """

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("numba")
-
 # Enough work for the parallel form of a kernel, and its answer by the reference.
 START = """
 import os, sys

@@ -49,7 +49,8 @@ class Run:
             import jax.numpy as jnp
 
             return jnp.asarray(array, dtype)
-        torch = pytest.importorskip("torch")
+        import torch
+
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, getattr(torch, dtype))
 
     def gradients(self, x: dict[str, np.ndarray], dy: np.ndarray, **rest: Any) -> dict[str, np.ndarray]:

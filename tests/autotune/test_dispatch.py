@@ -43,9 +43,12 @@ def test_a_bound_call_refuses_what_it_was_not_bound_to() -> None:
         bound(**{n: a for n, a in x.items() if n != "beta"})
     with pytest.raises(ValueError, match="cannot be bound"):
         mixers.get("lattice", backend="reference").bind(**x)
+
+
+def test_a_call_is_bound_to_numpy_arrays_alone() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match="NumPy"):
-        mixers.get("lattice").bind(**{n: torch.from_numpy(a) for n, a in x.items()})
+        mixers.get("lattice").bind(**{n: torch.from_numpy(a) for n, a in arguments().items()})
 
 
 def test_a_new_length_or_batch_compiles_and_logs_nothing(

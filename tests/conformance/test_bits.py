@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numba
 import numpy as np
 import pytest
 
@@ -40,7 +41,7 @@ def test_same_bits_twice(subject, packed: bool) -> None:
 
 def test_same_bits_on_any_number_of_threads(kernel_subject) -> None:
     """Enough work for the parallel form of a kernel: more threads change when a sum is made, never its order."""
-    subject, numba = kernel_subject, pytest.importorskip("numba")
+    subject = kernel_subject
     setting = large(subject)
     case = subject.case("truth", setting, "float32")
     assert case is not None
