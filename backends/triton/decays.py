@@ -10,6 +10,9 @@ Exponents may be positive, so decays must be *gentle*: over a chunk no channel f
 in float32 for what is above the diagonal, where exponents add up, and is dropped. Chunks with a steeper channel are for
 ``steep_decays``; their ``fade`` tells.
 
+The factors are those of gated linear attention (arXiv 2312.06635); the place that they count from, and what is gentle,
+are ours.
+
     fold           Q∘e^{G}, K∘e^{G}, K∘e^{G_C−G}, fade e^{G_C}: what meets the state
                    P = scale · (q, k) pairs, N = (k, k) pairs below the diagonal
     unfold_pairs   gradients of P and N as gradients of what meets the state, and all those of decays
